@@ -1,0 +1,1074 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch", "numpy", "tiktoken", "requests"]
+# ///
+"""GPT-2: a Transformer decoder that learns to write by predicting each next token, from random weights or OpenAI's.
+
+A stack of blocks reads tokens from left to right; in each block every token looks back at those before it (attention)
+and is then worked on alone (MLP). The one objective is the cross-entropy of the next token [1, 2]. Sampling feeds the
+model its own words; fine-tuning goes on with the same loss on other text, instructions with answers for example.
+
+    python gpt2.py                                          # offline, DEFAULT_MINUTES on two cores: learns to write Python
+    python gpt2.py --data shakespeare --steps STEPS         # downloads 1.1 MB
+    python gpt2.py --sample_only --prompt "def add("        # the best checkpoint of the last run; --resume goes on with it
+    python gpt2.py --init gpt2 --sample_only --prompt "The meaning of life is"          # official weights, 548 MB
+    python gpt2.py --init gpt2 --eval_only --data my.txt    # loss, perplexity, bits per byte
+    python gpt2.py --init gpt2 --data my.jsonl --optimizer adamw --lr 3e-5 --dropout 0.1 --block_size 512   # instructions
+    torchrun --nproc_per_node=8 gpt2.py --data tokens/ --tokenizer gpt2 --pos learned --n_layer 12 --n_head 12 --n_embd 768 \
+        --block_size 1024 --batch_size 32 --grad_accum 2 --steps 20000 --compile         # 124M from scratch, uint16 *.bin
+
+EXPECT
+
+Differs from GPT-2: no dropout unless asked for; tanh GELU, pre-LN, tied head and init are as published. Rotary positions
+and Muon, the defaults, are younger; --pos learned --optimizer adamw is the original. Evaluation windows stand side by
+side, so a token has half a block of context on average.
+
+Shapes: B batch, T tokens (the block), C width, H heads, D = C / H, V vocabulary.
+
+[1] Radford et al. 2018, Improving language understanding by generative pre-training (GPT)
+[2] Radford et al. 2019, Language models are unsupervised multitask learners (GPT-2)
+[3] Su et al. 2021, RoFormer, arXiv 2104.09864v5        [4] Ainslie et al. 2023, GQA, arXiv 2305.13245v3
+[5] Kingma and Ba 2014, Adam, arXiv 1412.6980v9         [6] Loshchilov and Hutter 2017, AdamW, arXiv 1711.05101v3
+[7] Chen et al. 2023, Lion, arXiv 2302.06675v4          [8] Liu et al. 2023, Sophia, arXiv 2305.14342v4
+[9] Jordan et al. 2024, Muon, kellerjordan.github.io/posts/muon, scaled as there: √max(1, rows / columns)
+"""
+
+import argparse, codecs, contextlib, dataclasses, gc, hashlib, inspect, json, math, mmap, os, re, signal, sys, sysconfig
+import time, typing
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import requests
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+# --------------------------------------------------------------------------------------------------------------------
+# config
+
+# Peak learning rates, each the best of a sweep: python tests.py --optimizers, logs in assets/logs/gpt2/
+LEARNING_RATES = dict(adamw=3e-3, adam=3e-3, lion=3e-4, sophia=1e-3, muon=3e-2)
+
+
+@dataclass
+class Config:
+    # data
+    data: str = "python"  # python (the standard library's sources), shakespeare, a text, .bin or .jsonl file, a folder
+    data_dir: str = "data"  # where downloads land
+    tokenizer: str = "bytes"  # bytes, or gpt2 (byte-pair encoding, [2] §2.2); loaded weights bring their own
+    # model: the smallest GPT-2 is 12 layers, 12 heads, width 768, block 1024
+    n_layer: int = 3  # blocks
+    n_head: int = 3  # query heads
+    n_kv_head: int | None = None  # key and value heads; fewer: grouped-query attention [4]; 1: multi-query; None: n_head
+    n_embd: int = 96  # width C
+    block_size: int = 128  # context T, in tokens
+    pos: str = "rope"  # learned positions (GPT-2), or rope [3]: better by .07 nats on Shakespeare in equal time
+    dropout: float = 0.0  # GPT-2 had 0.1; a run that sees its data about once needs none
+    init: str | None = None  # start from gpt2, gpt2-medium, gpt2-large, gpt2-xl, a .pt or .safetensors file, a folder
+    # optimiser
+    optimizer: str = "muon"  # adamw, adam (with L2 instead of decay), lion, sophia or muon
+    lr: float | None = None  # peak learning rate; None: the best of a sweep for the optimiser, see LEARNING_RATES
+    adam_lr: float = 6e-3  # peak rate of what muon leaves to AdamW: embeddings, biases, layer norms
+    warmup: int = 100  # steps of linear warm-up
+    weight_decay: float = 0.1  # on matrices only
+    beta2: float = 0.99  # Adam's memory for squares: .95 for batches of half a million tokens, longer for small ones
+    grad_clip: float = 1.0  # largest norm of the whole gradient; 0: no clipping
+    batch_size: int = 8  # sequences per micro-batch
+    grad_accum: int = 1  # micro-batches per step and process
+    # run
+    steps: int = 2000  # updates of the parameters
+    stop_at: int | None = None  # end at this step, the schedule unchanged
+    eval_every: int = 500  # steps between evaluations; each is followed by a checkpoint and a sample
+    eval_tokens: int = 131072  # at most so many validation tokens an evaluation, windows evenly spread; 0: all
+    patience: int = 0  # stop after so many evaluations without a better one; 0: never
+    log_every: int = 10  # steps between log lines
+    seed: int = 1337  # of initial weights, batches, dropout and samples
+    out: str = "out/gpt2"  # the run's folder
+    resume: bool = False  # go on from out/ckpt.pt, with that run's flags where none are given
+    device: str = "auto"  # auto (cuda, then mps, then cpu), or a torch device
+    dtype: str = "auto"  # float32, bfloat16 or float16; auto: bfloat16 on a card that has it
+    compile: bool = False  # torch.compile: half a minute of patience, then faster steps
+    grad_checkpoint: bool = False  # compute each block again in the backward pass: less memory, a third more work
+    wandb: bool = False  # log to Weights & Biases too
+    # use of a trained model, --init or else out/best.pt
+    sample_only: bool = False  # continue the prompt, no training
+    eval_only: bool = False  # loss, perplexity and bits per byte of --data, no training
+    prompt: str = "\n"  # what a sample continues; after training on .jsonl, the instruction that it answers
+    sample_tokens: int = 256  # length of a sample
+    temperature: float = 0.8  # below 1 favours likely tokens; 0 takes the likeliest
+    top_k: int | None = None  # sample among the k likeliest
+    top_p: float | None = None  # sample among the likeliest that together have this probability
+
+    def __post_init__(self):
+        self.lr = LEARNING_RATES.get(self.optimizer) if self.lr is None else self.lr
+        known = dict(tokenizer=("bytes", "gpt2"), pos=("learned", "rope"), optimizer=tuple(LEARNING_RATES),
+                     dtype=("auto", "float32", "bfloat16", "float16"))
+        may_be_0 = ("warmup", "weight_decay", "grad_clip", "eval_tokens", "patience", "seed", "temperature", "dropout", "beta2")
+        for name, value in vars(self).items():
+            if name in known and value not in known[name]:
+                raise UserError(f"--{name} {value}: choose from {', '.join(known[name])}")
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                most = 1 if name in ("dropout", "beta2", "top_p") else sys.maxsize
+                if not 0 <= value <= most or (value == 0 and name not in may_be_0):
+                    raise UserError(f"--{name} {value}: want {'0' if name in may_be_0 else 'above 0'} to {most}")
+        if self.optimizer == "sophia" and self.dtype == "float16":
+            raise UserError("--optimizer sophia squares small gradients, too small for --dtype float16")
+        if self.resume and self.init:
+            raise UserError("--resume goes on from --out and --init starts anew: give one of them")
+
+
+@dataclass
+class GPTConfig:
+    """A model's shape, by default that of the smallest GPT-2, 124,439,808 parameters. ValueError if it can't be."""
+
+    block_size: int = 1024
+    vocab_size: int = 50257
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    n_kv_head: int | None = None
+    pos: str = "learned"
+    dropout: float = 0.0
+    bias: bool = True
+    pad_vocab: int = 1  # the embedding has rows up to a multiple of this: 64 suits a GPU's tiles
+    grad_checkpoint: bool = False
+
+    def __post_init__(self):
+        self.n_kv_head = self.n_head if self.n_kv_head is None else self.n_kv_head
+        if min(self.n_head, self.n_kv_head) < 1 or self.n_embd % self.n_head or self.n_head % self.n_kv_head:
+            raise UserError(f"n_embd {self.n_embd} must be divisible by n_head {self.n_head}, and that by n_kv_head "
+                            f"{self.n_kv_head}")
+        if self.pos not in ("learned", "rope") or (self.pos == "rope" and self.n_embd // self.n_head % 2):
+            raise UserError(f"pos {self.pos}: want learned, or rope and an even head size, not {self.n_embd // self.n_head}")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# model, in Hugging Face's names
+
+
+def rotate(x, start=0, base=10000.0):
+    """Rotary positions [3]: turn each pair (x_i, x_{i+D/2}) of x (B, H, T, D) by an angle proportional to its position.
+
+    q·k then depends on the distance of the two positions alone. [3] eq. 34 pairs neighbours, x_{2i} with x_{2i+1};
+    halves, as in GPT-NeoX and Llama, are the same up to a permutation of the weights, and slice more cheaply.
+    """
+    T, D = x.shape[-2:]
+    # always fp32: bf16 keeps 8 bits and could not tell position 256 from 257
+    frequency = base ** (-torch.arange(0, D, 2, dtype=torch.float32, device=x.device) / D)  # (D/2,), θ_i of [3] eq. 15
+    angle = torch.arange(start, start + T, dtype=torch.float32, device=x.device)[:, None] * frequency  # (T, D/2)
+    cos, sin, (a, b) = angle.cos(), angle.sin(), x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
+
+
+class CausalSelfAttention(nn.Module):
+    """softmax(q kᵀ / √D) v over the past, in n_head subspaces at once; x (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.n_head, self.n_kv_head, self.dropout, self.rope = c.n_head, c.n_kv_head, c.dropout, c.pos == "rope"
+        self.split = [c.n_embd, c.n_embd // c.n_head * c.n_kv_head, c.n_embd // c.n_head * c.n_kv_head]
+        self.c_attn = nn.Linear(c.n_embd, sum(self.split), bias=c.bias)  # q, k and v in one multiplication
+        self.c_proj = nn.Linear(c.n_embd, c.n_embd, bias=c.bias)
+
+    def forward(self, x, cache=None, start=0):
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).split(self.split, dim=-1)
+        q = q.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
+        k = k.view(B, T, self.n_kv_head, -1).transpose(1, 2)  # (B, H_kv, T, D)
+        v = v.view(B, T, self.n_kv_head, -1).transpose(1, 2)  # (B, H_kv, T, D)
+        if self.rope:
+            q, k = rotate(q, start), rotate(k, start)
+        if cache is not None:  # sampling: keys (already rotated) and values of the positions before start are kept
+            cache[:, :, :, start:start + T] = torch.stack((k, v))
+            k, v = cache[:, :, :, :start + T]  # (B, H_kv, start + T, D) each
+        if self.n_kv_head < self.n_head:  # one key head serves a group of query heads [4]
+            k = k.repeat_interleave(self.n_head // self.n_kv_head, dim=1)  # (B, H, T, D)
+            v = v.repeat_interleave(self.n_head // self.n_kv_head, dim=1)
+        # Torch aligns is_causal top-left: query 0 would see key 0 alone. A single query behind cached keys sees them all,
+        # so it must not ask for it. The fused kernel never writes the (T, T) matrix to memory.
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout * self.training, is_causal=T > 1)
+        return F.dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)), self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    """Four times wider and back, each token alone. GPT-2's GELU is the tanh form, up to 5e-4 from the exact one."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.dropout = c.dropout
+        self.c_fc = nn.Linear(c.n_embd, 4 * c.n_embd, bias=c.bias)
+        self.c_proj = nn.Linear(4 * c.n_embd, c.n_embd, bias=c.bias)
+
+    def forward(self, x):
+        return F.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """Attention, then MLP; each reads a normalised copy of the residual stream x and adds to x ([2] §2.3)."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.ln_1, self.attn = nn.LayerNorm(c.n_embd, eps=1e-5, bias=c.bias), CausalSelfAttention(c)
+        self.ln_2, self.mlp = nn.LayerNorm(c.n_embd, eps=1e-5, bias=c.bias), MLP(c)
+
+    def forward(self, x, cache=None, start=0):
+        x = x + self.attn(self.ln_1(x), cache, start)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """model(idx (B, T)) -> (logits (B, 1, V) of the token after the last, None). With targets (B, T), in which -100 is
+    ignored: (logits (B, T, V), mean cross-entropy in nats)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        rows = math.ceil(c.vocab_size / c.pad_vocab) * c.pad_vocab
+        self.transformer = nn.ModuleDict(dict(wte=nn.Embedding(rows, c.n_embd)))
+        if c.pos == "learned":
+            self.transformer["wpe"] = nn.Embedding(c.block_size, c.n_embd)
+        self.transformer["h"] = nn.ModuleList(Block(c) for _ in range(c.n_layer))
+        self.transformer["ln_f"] = nn.LayerNorm(c.n_embd, eps=1e-5, bias=c.bias)
+        self.lm_head = nn.Linear(c.n_embd, rows, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight  # tied: one matrix takes tokens in and out
+        for name, p in self.named_parameters():
+            if p.dim() == 2:  # 2L layers add to the residual stream: 1/√(2L) keeps its size at any depth ([2] §2.3)
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layer) if name.endswith("c_proj.weight") else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def forward(self, idx, targets=None, cache=None, start=0):
+        (B, T), c = idx.shape, self.config
+        if start + T > c.block_size:
+            raise UserError(f"{start + T} tokens do not fit the block of {c.block_size}")
+        x = self.transformer.wte(idx)  # (B, T, C)
+        if c.pos == "learned":
+            x = x + self.transformer.wpe(torch.arange(start, start + T, device=idx.device))
+        x = F.dropout(x, c.dropout, self.training)
+        for i, block in enumerate(self.transformer.h):
+            if c.grad_checkpoint and self.training:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x, None if cache is None else cache[i], start)
+        x = self.transformer.ln_f(x)
+        if targets is None:
+            return self.lm_head(x[:, -1:]), None  # (B, 1, V): the last position is all that sampling needs
+        logits = self.lm_head(x)  # (B, T, V)
+        return logits, F.cross_entropy(logits.view(B * T, -1), targets.reshape(B * T), ignore_index=-100)
+
+    @torch.no_grad()
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=None, generator=None):
+        """Yield the next token (B, 1) of each sequence, again and again; arguments and errors as generate's."""
+        k, p = (1 if top is None else top for top in (top_k, top_p))
+        if not idx.size(1) or temperature < 0 or k < 1 or not 0 < p <= 1:
+            raise UserError(f"need a prompt, temperature >= 0, top_k >= 1, 0 < top_p <= 1, not {idx.size(1)} tokens, "
+                            f"{temperature}, {top_k}, {top_p}")
+        c, B, training, weight = self.config, idx.size(0), self.training, self.transformer.wte.weight
+        size = min(c.block_size, idx.size(1) + max_new_tokens)
+        cache = weight.new_zeros(c.n_layer, 2, B, c.n_kv_head, size, c.n_embd // c.n_head)  # every layer's keys, values
+        start, done = c.block_size, torch.zeros(B, 1, dtype=torch.bool, device=idx.device)
+        self.eval()  # dropout off
+        try:
+            for _ in range(max_new_tokens):
+                if start < c.block_size:
+                    window = idx[:, -1:]
+                else:  # at first; then for every token, once the block is full: the window moves, and with it each
+                    window, start = idx[:, -c.block_size:], 0  # token's position and past, so nothing kept is of use
+                logits = self(window, None, cache, start)[0][:, -1, :c.vocab_size].float()  # (B, V), without padded ids
+                start += window.size(1)
+                token = sample_token(logits, temperature, top_k, top_p, generator)  # (B, 1)
+                if stop is not None:
+                    token = token.masked_fill(done, stop)
+                    done |= token == stop
+                idx = torch.cat((idx, token), dim=1)
+                yield token
+                if done.all():
+                    return
+        finally:
+            self.train(training)
+
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=None, generator=None):
+        """Continue idx (B, T) to (B, T + max_new_tokens), or until all have had the token stop, which fills up those
+        that ended early. Temperature 0 takes the likeliest token. Raises ValueError on settings out of range."""
+        return torch.cat([idx, *self.stream(idx, max_new_tokens, temperature, top_k, top_p, stop, generator)], dim=1)
+
+    @classmethod
+    def from_pretrained(cls, name_or_path, data_dir="data", **switches):
+        """Official weights by name (OFFICIAL), or a folder with config.json and model.safetensors, a .safetensors file,
+        a .pt checkpoint. switches change GPTConfig. Raises ValueError on what is broken or does not fit."""
+        path, settings = Path(name_or_path), HF_SETTINGS
+        if name_or_path in OFFICIAL:
+            path = download(OFFICIAL[name_or_path], Path(data_dir) / name_or_path / "model.safetensors")
+        if path.suffix == ".pt":
+            saved = load_checkpoint(path)
+            shape, state = saved["model_config"], saved["model"]
+        else:
+            if path.is_dir():
+                with one_line(f"{path} has no readable config.json"):
+                    settings = {**HF_SETTINGS, **json.loads((path / "config.json").read_text())}
+                path = path / "model.safetensors"
+            wrong = {k: settings[k] for k, v in HF_SETTINGS.items() if settings[k] != v}
+            if wrong or switches.get("pos", "learned") != "learned" or switches.get("n_kv_head"):
+                raise UserError(f"{name_or_path}: GPT-2 has learned positions, a key head per query head and "
+                                f"{HF_SETTINGS}, not {wrong or switches}")
+            shape, state = from_hugging_face(load_safetensors(path), path)
+            shape["n_head"] = settings.get("n_head", max(1, shape["n_embd"] // 64))
+        model = cls(GPTConfig(**{**shape, **switches}))
+        with one_line(f"{path} does not fit the model"):
+            model.load_state_dict(state, strict=True)
+        return model
+
+    def save_pretrained(self, folder):
+        """Write config.json and model.safetensors, which Hugging Face's GPT2LMHeadModel opens. Raises ValueError on
+        what that does not know: rotary positions, grouped queries, no biases."""
+        c, folder = self.config, Path(folder)
+        if c.pos != "learned" or c.n_kv_head != c.n_head or not c.bias:
+            raise UserError("Hugging Face's GPT-2 has learned positions, a key head per query head, and biases")
+        weights = {name: w.t() if name.endswith(CONV1D) else w for name, w in self.state_dict().items()}
+        weights["transformer.wte.weight"] = weights.pop("lm_head.weight")[:c.vocab_size]  # tied, and without padding
+        settings = dict(HF_SETTINGS, model_type="gpt2", architectures=["GPT2LMHeadModel"], vocab_size=c.vocab_size,
+                        n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
+                        bos_token_id=None, eos_token_id=None)
+        settings.update(dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), c.dropout))
+        folder.mkdir(parents=True, exist_ok=True)
+        save_safetensors(weights, folder / "model.safetensors")
+        write_atomic(folder / "config.json", lambda file: file.write(json.dumps(settings, indent=2).encode()))
+
+
+def sample_token(logits, temperature, top_k, top_p, generator):
+    """A token id (B, 1) drawn from logits (B, V)."""
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    ids = None
+    if top_k or top_p:  # sorted, and exactly k: a comparison with the k-th value would let ties in
+        logits, ids = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))
+    probs = (logits / temperature).softmax(dim=-1)
+    if top_p:  # out goes a token if those before it have top_p already; the one that crosses the line stays
+        probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, 0.0)
+    choice = torch.multinomial(probs, 1, generator=generator)  # it divides by the sum itself
+    return choice if ids is None else ids.gather(-1, choice)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# optimisers: θ the parameters, g their gradient, m the momentum, η the learning rate, λ the weight decay
+
+
+def with_gradients(optimizer):
+    """(parameter, its state, its group) for all that have a gradient."""
+    every = ((p, group) for group in optimizer.param_groups for p in group["params"])
+    return [(p, optimizer.state[p], group) for p, group in every if p.grad is not None]
+
+
+class Lion(torch.optim.Optimizer):
+    """Lion [7]: every coordinate moves by η, in the direction of a momentum's sign. One buffer where Adam has two."""
+
+    def __init__(self, params, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0):
+        super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p, state, group in with_gradients(self):
+            m, lr, (beta1, beta2) = state.setdefault("momentum", torch.zeros_like(p)), group["lr"], group["betas"]
+            p.mul_(1 - lr * group["weight_decay"])
+            p.sub_(torch.sign(m.lerp(p.grad, 1 - beta1)), alpha=lr)  # θ ← θ − η (sign(β₁ m + (1 − β₁) g) + λθ)
+            m.lerp_(p.grad, 1 - beta2)  # m ← β₂ m + (1 − β₂) g, after the step, with a longer memory: [7] Alg. 2
+
+
+class SophiaG(torch.optim.Optimizer):
+    """Sophia-G [8]: momentum over an estimate h of the Hessian's diagonal, the quotient clipped to ±1.
+
+    update_hessian comes before the first step and then at every tenth or so. It wants the gradient ĝ of the mean loss
+    over B tokens whose labels were drawn from the model's own prediction (Gauss-Newton-Bartlett): h ≈ E[B ĝ²].
+    """
+
+    def __init__(self, params, lr=1e-3, betas=(0.965, 0.99), rho=0.04, weight_decay=0.0):
+        super().__init__(params, dict(lr=lr, betas=betas, rho=rho, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def update_hessian(self, tokens):
+        for p, state, group in with_gradients(self):
+            h = state.setdefault("hessian", torch.zeros_like(p))
+            h.lerp_(tokens * p.grad.square(), 1 - group["betas"][1])  # h ← β₂ h + (1 − β₂) B ĝ², [8] Alg. 2 and 3
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p, state, group in with_gradients(self):
+            m = state.setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 1 - group["betas"][0])
+            h = state.setdefault("hessian", torch.zeros_like(p))
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.sub_((m / (group["rho"] * h).clamp(min=1e-15)).clamp(-1, 1), alpha=group["lr"])  # clip(m / max(ρ h, ε), 1)
+
+
+def newton_schulz(g, steps=5):
+    """U Vᵀ of g = U S Vᵀ (..., n, m), roughly: the singular values end between about 0.7 and 1.2 [9].
+
+    The polynomial a s + b s³ + c s⁵ works on every singular value s through matrix products alone.
+    """
+    x = g.bfloat16() if g.is_cuda else g.float()
+    x = x.mT if g.size(-2) > g.size(-1) else x  # x xᵀ is then the smaller square
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # no singular value above 1
+    for _ in range(steps):
+        s = x @ x.mT  # (..., n, n)
+        x = 3.4445 * x + (-4.7750 * s + 2.0315 * s @ s) @ x
+    return (x.mT if g.size(-2) > g.size(-1) else x).type_as(g)
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon [9]: momentum, each matrix of it made orthogonal, so that rare directions move as far as common ones.
+
+    For hidden matrices alone. split=[rows, ...] in a group cuts its matrices: a fused qkv is three of them.
+    """
+
+    def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, split=None):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, split=split))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        by_shape = {}  # matrices of one shape go through newton_schulz as a batch
+        for p, state, group in with_gradients(self):
+            mu, rows = group["momentum"], group["split"] or p.size(0)
+            m = state.setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 1 - mu)  # m ← μ m + (1 − μ) g
+            ahead = p.grad.lerp(m, mu)  # Nesterov: μ m + (1 − μ) g once more
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            for part, o in zip(p.split(rows), ahead.split(rows)):
+                by_shape.setdefault(part.shape, []).append((part, o, group["lr"]))
+        for (n, m), items in by_shape.items():
+            for (part, _, lr), o in zip(items, newton_schulz(torch.stack([o for _, o, _ in items]))):
+                part.sub_(o, alpha=lr * max(1, n / m) ** 0.5)  # θ ← θ − η √max(1, n/m) U Vᵀ
+
+
+def make_optimizers(model, c):
+    """Optimizers (a list) that together have every parameter once, and decay matrices only."""
+    blocks = model.transformer.h
+    qkv = [block.attn.c_attn.weight for block in blocks]
+    hidden = [w for block in blocks for w in (block.attn.c_proj.weight, block.mlp.c_fc.weight, block.mlp.c_proj.weight)]
+    taken = {id(p) for p in qkv + hidden} if c.optimizer == "muon" else set()
+    rest = [p for p in model.parameters() if id(p) not in taken]
+    groups = [dict(params=[p for p in rest if p.dim() >= 2], weight_decay=c.weight_decay),
+              dict(params=[p for p in rest if p.dim() < 2], weight_decay=0.0)]
+    adam = dict(betas=(0.9, c.beta2), fused=rest[0].device.type in ("cpu", "cuda"))  # fused: one kernel for all
+    if c.optimizer == "adamw":  # [6]: θ ← θ − η (m / (√v + ε) + λθ)
+        optimizers = [torch.optim.AdamW(groups, lr=c.lr, **adam)]
+    elif c.optimizer == "adam":  # [5] with L2: g ← g + λθ, and the decay is divided by √v as well, the point of [6]
+        optimizers = [torch.optim.Adam(groups, lr=c.lr, **adam)]
+    elif c.optimizer == "muon":
+        muon = [dict(params=qkv, split=blocks[0].attn.split), dict(params=hidden)]
+        optimizers = [Muon(muon, lr=c.lr, weight_decay=c.weight_decay), torch.optim.AdamW(groups, lr=c.adam_lr, **adam)]
+    else:
+        optimizers = [dict(lion=Lion, sophia=SophiaG)[c.optimizer](groups, lr=c.lr)]
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+def learning_rate(step, peak, warmup, steps, floor=0.0):
+    """Linear warm-up to peak, then half a cosine down to floor · peak after the last step ([1] §4.1)."""
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# official weights
+
+OFFICIAL = {name: f"https://huggingface.co/openai-community/{name}/resolve/main/model.safetensors"
+            for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
+CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+HF_SETTINGS = dict(activation_function="gelu_new", layer_norm_epsilon=1e-5, scale_attn_weights=True,
+                   scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True)
+
+
+def from_hugging_face(weights, path):
+    """(GPTConfig's arguments but n_head, our state dict) from Hugging Face's tensors."""
+    weights = {name.removeprefix("transformer."): w for name, w in weights.items()}
+    masks = (".attn.bias", ".attn.masked_bias")
+    weights = {name: w for name, w in weights.items() if not name.endswith(masks)}
+    with one_line(f"{path} does not hold GPT-2"):
+        wte, wpe = weights["wte.weight"], weights["wpe.weight"]
+        if not torch.equal(weights.pop("lm_head.weight", wte), wte):
+            raise ValueError("its lm_head is not tied to wte")
+        shape = dict(vocab_size=wte.size(0), n_embd=wte.size(1), block_size=wpe.size(0),
+                     n_layer=1 + max(int(name.split(".")[1]) for name in weights if name.startswith("h.")))
+    # They have Conv1D, x w, where we have Linear, x wᵀ. attn.c_proj is square: forgotten, it would load all the same.
+    state = {f"transformer.{name}": w.t() if name.endswith(CONV1D) else w for name, w in weights.items()}
+    return shape, state | {"lm_head.weight": wte}
+
+
+def load_safetensors(path):
+    """{name: tensor}. The file: 8 bytes, the header's length n; n bytes of JSON with each dtype, shape, place; data."""
+    dtypes = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, U8=torch.uint8,
+                  BOOL=torch.bool)
+    with one_line(f"{path} is not a safetensors file"):
+        with open(path, "rb") as file:
+            raw = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # read page by page, as needed
+        tensors, n = {}, int.from_bytes(raw[:8], "little")
+        if n > len(raw) - 8:
+            raise ValueError(f"its header claims {n} bytes of {len(raw)}")
+        for name, entry in json.loads(raw[8:8 + n]).items():
+            if name != "__metadata__":
+                dtype, shape, (begin, end) = dtypes[entry["dtype"]], entry["shape"], entry["data_offsets"]
+                if not 0 <= begin <= end <= len(raw) - 8 - n or end - begin != math.prod(shape) * dtype.itemsize:
+                    raise ValueError(f"{name} {shape} can't lie at bytes {begin} to {end} of {len(raw) - 8 - n}")
+                tensors[name] = torch.frombuffer(raw, dtype=dtype, count=math.prod(shape), offset=8 + n + begin)
+                tensors[name] = tensors[name].view(shape)
+    return tensors
+
+
+def save_safetensors(tensors, path):
+    """Write {name: tensor} in fp32."""
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name, w in tensors.items():
+        header[name] = dict(dtype="F32", shape=list(w.shape), data_offsets=[offset, offset + 4 * w.numel()])
+        offset += 4 * w.numel()
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)  # aligns the data
+    data = (w.detach().cpu().float().contiguous().numpy() for w in tensors.values())
+    write_atomic(path, lambda file: file.writelines([len(head).to_bytes(8, "little"), head, *data]))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# data
+
+SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+
+def make_tokenizer(name):
+    """vocab_size, stop (the id that ends a text), encode(text) -> uint16 ids, decode(id) -> bytes.
+
+    bytes: a token is a byte of UTF-8, and byte 0, which no text has, ends one. gpt2: [2] §2.2, by tiktoken.
+    """
+    if name == "bytes":
+        return SimpleNamespace(vocab_size=256, stop=0, decode=lambda i: bytes([i]),
+                               encode=lambda text: np.frombuffer(text.encode(), np.uint8).astype(np.uint16))
+    with one_line("GPT-2's vocabulary can't be had: use --tokenizer bytes, or set TIKTOKEN_CACHE_DIR to where it is"):
+        import tiktoken
+        bpe = tiktoken.get_encoding("gpt2")
+    return SimpleNamespace(vocab_size=50257, stop=50256, decode=bpe.decode_single_token_bytes,
+                           encode=lambda text: np.array(bpe.encode_ordinary(text), np.uint16))
+
+
+class Tokens:
+    """Arrays of token ids, perhaps on disk, read in windows of T + 1 that never cross from one array into the next: x
+    (B, T) and y (B, T), the tokens after x. ~id in a signed array is read but not to be predicted: y is -100."""
+
+    def __init__(self, arrays, T, vocab_size):
+        self.arrays, self.T, self.vocab_size, self.size = arrays, T, vocab_size, sum(map(len, arrays))
+        self.draws = np.cumsum([max(0, len(a) - T) for a in arrays])  # places where a window can start
+        self.tiles = np.cumsum([math.ceil(max(0, len(a) - 1) / T) for a in arrays])  # windows side by side
+
+    def batch(self, seed, batch_size):
+        """Windows drawn from all that there are, as seed (a tuple) says."""
+        return self.read(self.draws, np.random.default_rng(seed).integers(self.draws[-1], size=batch_size), 1)
+
+    def batches(self, batch_size, limit=None):
+        """Every token but an array's first as a target once; limit: at most so many windows, evenly spread."""
+        n = int(self.tiles[-1])
+        numbers = np.arange(n) if not limit or n <= limit else np.arange(limit) * n // limit
+        for i in range(0, len(numbers), batch_size):
+            yield self.read(self.tiles, numbers[i:i + batch_size], self.T)
+
+    def read(self, ends, numbers, stride):
+        rows = np.full((len(numbers), self.T + 1), -1)  # ~0: padding, on the right, where causal attention never looks
+        for row, number in zip(rows, numbers):
+            k = np.searchsorted(ends, number, side="right")
+            start = (number - (ends[k - 1] if k else 0)) * stride
+            window = self.arrays[k][start:start + self.T + 1]
+            row[:len(window)] = window
+        y, rows = rows[:, 1:], np.where(rows < 0, ~rows, rows)
+        if rows.max() >= self.vocab_size:
+            raise UserError(f"--data holds token id {rows.max()}, the tokenizer has {self.vocab_size}")
+        used = np.flatnonzero((y >= 0).any(axis=0))[-1] + 1  # columns of padding alone are left out
+        return torch.from_numpy(rows[:, :used]), torch.from_numpy(np.where(y < 0, -100, y)[:, :used])
+
+
+def template(instruction, text=""):
+    """What stands before an answer, in training and in sampling alike."""
+    return f"### Instruction:\n{instruction}\n\n" + (f"### Input:\n{text}\n\n" if text else "") + "### Response:\n"
+
+
+def load_rows(path, tokenizer, T):
+    """.jsonl rows {"instruction", "input", "output"} or {"prompt", "response"} as arrays of T + 1. The loss is on the
+    answer and the stop token behind it. Raises ValueError with the line of a bad row."""
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        with one_line(f"{path} line {number}: want an object with instruction, input, output or with prompt, response"):
+            row = json.loads(line)
+            texts = (template(row["prompt"]), row["response"]) if "prompt" in row else (
+                template(row["instruction"], row.get("input", "")), row["output"])
+            prompt, answer = (tokenizer.encode(text).astype(np.int32) for text in texts)
+        if len(prompt) + len(answer) > T:
+            raise UserError(f"{path} line {number}: {len(prompt)} + {len(answer)} tokens, --block_size is {T}")
+        rows.append(np.concatenate([~prompt, answer, [tokenizer.stop], np.full(T - len(prompt) - len(answer), -1)]))
+    return rows
+
+
+def load_data(data, data_dir, tokenizer, T):
+    """--data as two Tokens: the first 90% to train on, the rest to validate. Raises ValueError on what is missing, not
+    text, or shorter than a block."""
+    path = Path(data)
+    if data == "python":
+        root, skip = Path(sysconfig.get_paths()["stdlib"]), {"test", "tests", "site-packages", "dist-packages"}
+        files = sorted(f for f in root.rglob("*.py") if not skip & set(f.relative_to(root).parts))
+    elif data == "shakespeare":
+        files = [download(SHAKESPEARE, Path(data_dir) / "tinyshakespeare.txt", SHAKESPEARE_SHA256)]
+    else:
+        files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file() and f.name[0] != ".")
+    with one_line(f"--data {data} can't be read"):
+        if any(f.suffix == ".jsonl" for f in files):
+            arrays = [row for f in files for row in load_rows(f, tokenizer, T)]
+            cut = min(max(1, int(0.9 * len(arrays))), len(arrays) - 1)
+            parts = arrays[:cut], arrays[cut:]
+        else:
+            if any(f.suffix == ".bin" for f in files):  # uint16 ids that stay on disk
+                arrays = [np.memmap(f, np.uint16, mode="r") for f in files if f.suffix == ".bin" and f.stat().st_size]
+            else:  # texts, each but the last with a stop token behind it
+                texts = (tokenizer.encode(f.read_text(encoding="utf-8")) for f in files)
+                joined = [a for text in texts for a in (text, [tokenizer.stop])][:-1]
+                arrays = [np.concatenate(joined).astype(np.uint16)] if joined else []
+            left, parts = int(0.9 * sum(map(len, arrays))), ([], [])
+            for a in arrays:
+                parts[0].append(a[:left])
+                parts[1].append(a[left:])
+                left = max(0, left - len(a))
+    both = [Tokens([a for a in part if len(a)], T, tokenizer.vocab_size) for part in parts]
+    if not files or any(d.size == 0 or d.tiles[-1] == 0 for d in both) or both[0].draws[-1] == 0:
+        raise UserError(f"--data {data}: {len(files)} files, {both[0].size} tokens to train on and {both[1].size} to "
+                        f"validate: too few for --block_size {T}")
+    return both
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# files and errors
+
+
+class UserError(ValueError):
+    """Bad input (status 2) or a failed run (status 1): main prints the message on one line and returns the status."""
+
+    def __init__(self, message, status=2):
+        super().__init__(message)
+        self.status = status
+
+
+@contextlib.contextmanager
+def one_line(message, status=2):
+    """Turn whatever a broken file, disk or network raises inside into one line for the user."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{message} ({type(error).__name__}: {' '.join(str(error).split())[:300]})", status) from error
+
+
+def download(url, path, sha256=None):
+    """Fetch url to path unless it is there. A broken download stays as path.part, and the next try goes on with it."""
+    part = path.with_name(path.name + ".part")
+    with one_line(f"can't download {url}: run again to go on, or bring the file to {path} by hand"):
+        if path.exists():
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        have = part.stat().st_size if part.exists() else 0
+        # identity: Content-Length would count the bytes of a compressed body
+        headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+        with requests.get(url, headers=headers, stream=True, timeout=30) as reply:
+            if reply.status_code != 416:  # 416: nothing is missing
+                reply.raise_for_status()
+                have = have if reply.status_code == 206 else 0  # 200: it comes from the start
+                total = have + int(reply.headers["Content-Length"])
+                with open(part, "ab" if have else "wb") as file:
+                    for chunk in reply.iter_content(1 << 20):
+                        have += file.write(chunk)
+                        print(f"\r{path.name}: {have / 1e6:.1f} of {total / 1e6:.1f} MB", end="", file=sys.stderr)
+                print(file=sys.stderr)
+                if have != total:
+                    raise OSError(f"it ended after {have} of {total} bytes")
+        if sha256 and hashlib.sha256(part.read_bytes()).hexdigest() != sha256:
+            part.unlink()
+            raise UserError(f"{url} is not the published file, its SHA-256 differs: deleted, try again")
+        os.replace(part, path)
+    return path
+
+
+def write_atomic(path, write):
+    """write(file) under another name, then rename: path holds the old content or the new, never half of it."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        with one_line(f"can't write {path}, what was there is kept", status=1):
+            with open(temporary, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_checkpoint(path):
+    """The dict that a run saved. weights_only: nothing is unpickled but tensors and plain values."""
+    with one_line(f"{path} is not a checkpoint of this script"):
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        return {**saved, "model": saved["model"], "config": saved["config"], "step": saved["step"]}
+
+
+def curves_svg(path, series, x_label, y_label):
+    """A chart of {name: [(x, y), ...]}; the names stand in the corner in their lines' colours."""
+    (x0, x1), (y0, y1) = [(min(v), max(v)) for v in zip(*(p for line in series.values() for p in line))]
+
+    def place(x, y):
+        return f"{70 + 550 * (x - x0) / ((x1 - x0) or 1):.1f},{350 - 320 * (y - y0) / ((y1 - y0) or 1):.1f}"
+
+    svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 400" font-family="sans-serif" font-size="12">',
+           f'<rect width="640" height="400" fill="white"/><text x="340" y="392" text-anchor="middle">{x_label}</text>',
+           f'<text x="8" y="18">{y_label}</text>']
+    for i in range(6):
+        left, low = place(x := x0 + i * (x1 - x0) / 5, y := y0 + i * (y1 - y0) / 5).split(",")
+        svg.append(f'<path d="M70 {low}h550" stroke="#ddd"/><text x="62" y="{low}" text-anchor="end">{y:.3g}</text>'
+                   f'<text x="{left}" y="370" text-anchor="middle">{x:.5g}</text>')
+    for i, (name, line) in enumerate(series.items()):
+        colour = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")[i % 6]
+        points = " ".join(place(*p) for p in line)
+        svg.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
+                   f'<text x="610" y="{50 + 16 * i}" text-anchor="end" fill="{colour}">{name}</text>')
+    write_atomic(path, lambda file: file.write("\n".join([*svg, "</svg>"]).encode()))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# evaluate, sample, train
+
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "4090": 165e12}  # dense bf16, from the data sheets
+
+
+@torch.no_grad()
+def evaluate(model, data, tokenizer, autocast, batch_size, limit=None):
+    """Loss (mean nats per token), perplexity and bits per byte of data, over windows that stand side by side."""
+    device = next(model.parameters()).device
+    lengths = torch.tensor([len(tokenizer.decode(i)) for i in range(tokenizer.vocab_size)])  # bytes of each token
+    nats = tokens = size = 0
+    model.eval()
+    for x, y in data.batches(batch_size, limit):
+        with autocast:
+            loss = model(x.to(device), y.to(device))[1].item()
+        wanted = y[y >= 0]
+        nats, tokens, size = nats + loss * len(wanted), tokens + len(wanted), size + lengths[wanted].sum().item()
+    model.train()
+    loss = nats / tokens
+    return dict(val_loss=loss, perplexity=math.exp(min(700, loss)), bits_per_byte=nats / size / math.log(2))
+
+
+def show(scores):
+    """The scores of evaluate on one line."""
+    return "val loss {val_loss:.4f} | perplexity {perplexity:.2f} | {bits_per_byte:.4f} bits per byte".format(**scores)
+
+
+def sample(model, tokenizer, c):
+    """Print the prompt and its continuation, token by token."""
+    device = next(model.parameters()).device
+    text = template(c.prompt) if c.data.endswith(".jsonl") else c.prompt
+    idx = torch.from_numpy(tokenizer.encode(text).astype(np.int64))[None].to(device)  # (1, T)
+    utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # a character may need several tokens
+    print(text, end="", flush=True)
+    for token in model.stream(idx, c.sample_tokens, c.temperature, c.top_k, c.top_p, tokenizer.stop,
+                              torch.Generator(device).manual_seed(c.seed)):
+        if token.item() != tokenizer.stop:
+            print(utf8.decode(tokenizer.decode(token.item())), end="", flush=True)
+    print(utf8.decode(b"", final=True))
+
+
+def pick_device(name, dtype):
+    """The device and the type to compute in, "auto" resolved. Raises ValueError if it is not here."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    with one_line(f"--device {name} is not here"):
+        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+        torch.zeros(1, device=device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 where fp32 is left
+    if dtype == "auto":  # a CPU without matrix units for bfloat16 is many times slower in it
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = "bfloat16" if fast else "float32"
+    return device, getattr(torch, dtype)
+
+
+def load_model(c):
+    """The model and tokenizer that the flags ask for. Loaded weights bring theirs, and c then says so."""
+    shape = {name: getattr(c, name) for name in ("n_layer", "n_head", "n_kv_head", "n_embd", "pos")}
+    source = str(Path(c.out) / "ckpt.pt") if c.resume else c.init
+    if source is None:
+        size = make_tokenizer(c.tokenizer).vocab_size
+        model = GPT(GPTConfig(c.block_size, size, **shape, dropout=c.dropout, pad_vocab=64))
+    else:
+        model = GPT.from_pretrained(source, c.data_dir, dropout=c.dropout)
+        for name, asked in shape.items():  # a flag that was given must agree
+            if asked not in (getattr(Config, name), getattr(model.config, name)):
+                raise UserError(f"--{name} {asked}, but {source} has {getattr(model.config, name)}")
+            setattr(c, name, getattr(model.config, name))
+        if c.eval_only and c.block_size == Config.block_size:
+            c.block_size = model.config.block_size
+        if c.block_size > model.config.block_size:
+            raise UserError(f"--block_size {c.block_size}, but {source} has {model.config.block_size}")
+        c.tokenizer = "bytes" if model.config.vocab_size == 256 else "gpt2"
+    model.config.grad_checkpoint = c.grad_checkpoint
+    return model, make_tokenizer(c.tokenizer)
+
+
+class Run:
+    """All that a checkpoint holds, and the folder that keeps it; only the first of several processes writes."""
+
+    def __init__(self, c, model, optimizers, scaler, writes):
+        self.c, self.model, self.optimizers, self.scaler, self.writes = c, model, optimizers, scaler, writes
+        self.step, self.best, self.worse, self.seconds = 0, math.inf, 0, 0.0  # worse: evaluations since the best
+        self.out, self.rows, self.wandb = Path(c.out), [], None
+        if c.resume:
+            saved = load_checkpoint(self.out / "ckpt.pt")
+            with one_line(f"{self.out}/ckpt.pt has the state of another --optimizer"):
+                for optimizer, state in zip(optimizers, saved["optimizer"], strict=True):
+                    optimizer.load_state_dict(state)
+            scaler.load_state_dict(saved["scaler"])
+            self.step, self.best, self.worse, self.seconds = (saved[k] for k in ("step", "best", "worse", "seconds"))
+            self.rows = read_log(self.out / "log.jsonl", self.step)
+        if writes:
+            with one_line(f"can't make the folder {self.out}", status=1):
+                self.out.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.out / "config.json", lambda file: file.write(json.dumps(vars(c), indent=2).encode()))
+            lines = "".join(json.dumps(row) + "\n" for row in self.rows)  # without what came after the checkpoint
+            write_atomic(self.out / "log.jsonl", lambda file: file.write(lines.encode()))
+        if writes and c.wandb:
+            with one_line("--wandb needs: pip install wandb"):
+                import wandb
+            self.wandb = wandb.init(project="gpt2", config=vars(c))
+
+    def log(self, line, **row):
+        """A line for people, and a row for log.jsonl and the curves."""
+        self.rows.append({"step": self.step, **row})
+        if self.writes:
+            print(line, flush=True)
+            with one_line(f"can't write {self.out}/log.jsonl", status=1), open(self.out / "log.jsonl", "a") as file:
+                file.write(json.dumps(self.rows[-1]) + "\n")
+        if self.wandb:
+            self.wandb.log(row, step=self.step)
+
+    def save(self, name):
+        if self.writes:
+            if not all(p.isfinite().all() for p in self.model.parameters()):
+                raise UserError(f"a parameter is not finite after step {self.step}: lower --lr; {self.out} keeps the "
+                                "last good checkpoint", status=1)
+            state = dict(model=self.model.state_dict(), model_config=vars(self.model.config), config=vars(self.c),
+                         step=self.step, best=self.best, worse=self.worse, seconds=self.seconds,
+                         scaler=self.scaler.state_dict(), optimizer=[o.state_dict() for o in self.optimizers])
+            write_atomic(self.out / name, lambda file: torch.save(state, file))
+
+
+def read_log(path, last_step):
+    """The rows up to last_step. A killed run may have written more, the last of them by half."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return [row for row in rows if row["step"] <= last_step and "final" not in row]
+
+
+def training_step(model, optimizers, scaler, autocast, data, c, step, device, rank, world):
+    """One update of the parameters; returns the mean loss, which the device may still be working on.
+
+    Batches and dropout depend on (seed, step) alone: a resumed run goes on as if it had never stopped. N ranks do what
+    one rank does with N times the accumulation.
+    """
+    torch.manual_seed(int(np.random.SeedSequence((c.seed, step, rank)).generate_state(1)[0]))  # dropout, Sophia
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["lr"] = learning_rate(step, group["peak_lr"], c.warmup, c.steps)
+    if c.optimizer == "sophia" and step % 10 == 0:
+        x, y = (t.to(device) for t in data.batch((c.seed, step, rank), c.batch_size))  # (B, T) each
+        with autocast:
+            logits = model(x, y)[0].float().flatten(0, 1)  # (B * T, V)
+        labels = torch.multinomial(logits.detach().softmax(dim=-1), 1).flatten()  # (B * T,), the model's own
+        F.cross_entropy(logits, labels.masked_fill(y.flatten() < 0, -100)).backward()
+        optimizers[0].update_hessian((y >= 0).sum() * world)
+        optimizers[0].zero_grad()
+    losses = []
+    for micro in range(c.grad_accum):
+        x, y = (t.to(device) for t in data.batch((c.seed, step, micro * world + rank), c.batch_size))
+        if world > 1:  # ranks exchange gradients at the last micro-batch; DDP wants to know before the forward pass
+            model.require_backward_grad_sync = micro == c.grad_accum - 1
+        with autocast:
+            losses.append(model(x, y)[1] / c.grad_accum)
+        scaler.scale(losses[-1]).backward()
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+    if c.grad_clip:
+        nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip)
+    for optimizer in optimizers:
+        scaler.step(optimizer)
+        optimizer.zero_grad()
+    scaler.update()
+    return torch.stack(losses).detach().sum()
+
+
+def train(c, interrupts=()):
+    """Train as the Config c says, into the folder c.out, until interrupts has something in it; returns the last row."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device, dtype = pick_device(c.device, c.dtype)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    torch.manual_seed(c.seed)  # the same initial weights on every rank
+    raw, tokenizer = load_model(c)
+    data, val = load_data(c.data, c.data_dir, tokenizer, c.block_size)
+    raw.to(device)
+    optimizers = make_optimizers(raw, c)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # small gradients would be 0 in fp16
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    run = Run(c, raw, optimizers, scaler, writes=rank == 0)
+    model = torch.compile(raw) if c.compile else raw  # raw, not compiled, is what samples and is saved
+    if world > 1:
+        model = nn.parallel.DistributedDataParallel(model)
+    size, batch = sum(p.numel() for p in raw.parameters()), c.batch_size * c.grad_accum * world * c.block_size
+    flops = 6 * size + 12 * c.n_layer * c.n_embd * c.block_size  # per token: weights, and q·k and p·v; 3 passes of 2
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peak = next((value for name, value in PEAK_FLOPS.items() if name in card), None)
+    if rank == 0:
+        print(" ".join(f"{name}={value!r}" for name, value in vars(c).items()))
+        print(f"{size:,} parameters | {data.size:,} tokens to train on, {val.size:,} to validate | {device} {dtype}")
+
+    resumed_at, end = run.step if c.resume else None, min(c.steps, c.stop_at or c.steps)
+    clock, logged, pending, stop = time.perf_counter(), run.seconds, [], False
+    while True:
+        due = (run.step % c.eval_every == 0 or run.step == end) and run.step != resumed_at
+        stop = stop or (world == 1 and len(interrupts) > 0)
+        if pending and (due or stop or run.step % c.log_every == 0):
+            losses = torch.stack([*pending, pending[0].new_tensor(len(interrupts))])
+            if world > 1:  # the sum over ranks; a Ctrl-C may reach one of them first, all must stop at the same step
+                dist.all_reduce(losses)
+            *losses, stop = losses.tolist()  # this waits for the device
+            run.seconds, clock = run.seconds + time.perf_counter() - clock, time.perf_counter()
+            for i, loss in enumerate(losses):
+                if not math.isfinite(loss):
+                    raise UserError(f"loss is {loss} at step {run.step - len(losses) + i}: lower --lr; {c.out} keeps the "
+                                    "last good checkpoint", status=1)
+            loss, lr = sum(losses) / len(losses) / world, optimizers[0].param_groups[0]["lr"]
+            ms = 1e3 * (run.seconds - logged) / len(losses)
+            rate, logged, pending = 1e3 * batch / ms, run.seconds, []
+            line = f"step {run.step}/{c.steps} | loss {loss:.4f} | lr {lr:.1e} | {ms:.1f} ms | {rate / 1e3:.1f}k tok/s"
+            if peak:  # model-FLOP utilisation
+                line += f" | {rate * flops / peak / world:.1%} of peak"
+            run.log(line, loss=loss, lr=lr, ms=ms, seconds=run.seconds, tokens_per_s=rate)
+        if due:
+            scores = evaluate(raw, val, tokenizer, autocast, c.batch_size, c.eval_tokens // c.block_size)
+            run.log(f"step {run.step}/{c.steps} | {show(scores)}", seconds=run.seconds, **scores)
+            run.worse = 0 if scores["val_loss"] < run.best else run.worse + 1
+            if run.worse == 0:
+                run.best = scores["val_loss"]
+                run.save("best.pt")
+            if rank == 0:
+                series = {name: [(row["step"], row[key]) for row in run.rows if key in row]
+                          for name, key in (("train", "loss"), ("val", "val_loss"))}
+                series = {name: line for name, line in series.items() if line}
+                curves_svg(run.out / "curves.svg", series, "step", "loss, nats per token")
+                sample(raw, tokenizer, c)
+        if due or stop:
+            run.save("ckpt.pt")
+            clock = time.perf_counter()
+        if run.step >= end or stop or (c.patience and run.worse >= c.patience):
+            break
+        pending.append(training_step(model, optimizers, scaler, autocast, data, c, run.step, device, rank, world))
+        run.step += 1
+    if not stop:
+        scores, peak_memory = [row for row in run.rows if "val_loss" in row][-1], peak_mb(device)
+        run.log(f"{show(scores)} | best {run.best:.4f} | {run.seconds:.0f} s of training | peak {peak_memory:.0f} MB",
+                **{**scores, "final": True, "best_val_loss": run.best, "peak_mb": peak_memory})
+    if world > 1:  # a gloo group that ends while DDP still holds it may abort
+        del model
+        gc.collect()
+        dist.barrier()
+        dist.destroy_process_group()
+    if stop and rank == 0:
+        print(f"stopped after step {run.step}; to go on: python gpt2.py --resume --out {c.out}")
+    return run.rows[-1]
+
+
+@contextlib.contextmanager
+def held_interrupts():
+    """A list that the first Ctrl-C fills, so that a run stops between two steps, not within one; the second kills."""
+    pressed, old = [], signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, lambda *_: pressed.append(signal.signal(signal.SIGINT, old)))
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, old)
+
+
+def peak_mb(device):
+    """The most memory that was in use: the card's, else the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    with contextlib.suppress(ImportError):  # Windows has no such module
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    return math.nan
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# command line
+
+
+def parse_config(argv):
+    """A Config from flags, one for each field, its comment as help. --resume, and a look at a checkpoint by
+    --sample_only or --eval_only, start from that run's flags."""
+    def fail(message):
+        raise UserError(f"{message}; see --help")
+
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.error = fail
+    for field in dataclasses.fields(Config):
+        kind = (*(t for t in typing.get_args(field.type) if t is not type(None)), field.type)[0]
+        how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind, metavar=kind.__name__)
+        text = f"{comments[field.name]} [{field.default}]".replace("%", "%%")
+        parser.add_argument(f"--{field.name}", help=text, **how)
+    flags = vars(parser.parse_args(argv))
+    c = Config(**flags)  # checks them before any file is read
+    if (c.sample_only or c.eval_only) and not c.init:
+        flags["init"] = c.init = f"{c.out}/best.pt"
+    source = f"{c.out}/ckpt.pt" if c.resume else c.init if c.sample_only or c.eval_only else None
+    if source and source.endswith(".pt"):
+        once = ("resume", "init", "stop_at", "out", "sample_only", "eval_only")
+        saved = load_checkpoint(source)["config"]
+        flags = {name: value for name, value in saved.items() if name in vars(c) and name not in once} | flags
+    return Config(**flags)
+
+
+def main(argv=None):
+    """Run the command line. Returns the exit status: 0, 1 for a failed run, 2 for bad input, 130 after Ctrl-C."""
+    try:
+        c = parse_config(argv)
+        if not (c.sample_only or c.eval_only):
+            with held_interrupts() as interrupts:
+                train(c, interrupts)
+            return 130 if interrupts else 0
+        device, dtype = pick_device(c.device, c.dtype)
+        model, tokenizer = load_model(c)
+        model.to(device, dtype)
+        if c.sample_only:
+            sample(model, tokenizer, c)
+        else:
+            for name, part in zip(("first 90%", "last 10%"), load_data(c.data, c.data_dir, tokenizer, c.block_size)):
+                scores = evaluate(model, part, tokenizer, contextlib.nullcontext(), c.batch_size)
+                print(f"{name} | {part.size:,} tokens | {show(scores)}", flush=True)
+        return 0
+    except UserError as error:
+        print(f"gpt2.py: {error}", file=sys.stderr)
+        return error.status
+    except SystemExit as error:  # --help
+        return error.code or 0
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

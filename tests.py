@@ -1,0 +1,1629 @@
+"""Tests of every script, one class each, with nothing but the standard library's unittest.
+
+    python tests.py                        everything
+    python tests.py TestGPT2               one script
+    python tests.py TestGPT2.test_cache    one test; pytest runs them too
+
+Each test compares a script with something that shares no code with it: torch's own modules, a slow loop written from the
+paper's equation in fp64, a closed form, a second run. Scripts run in this process through main(argv), what they print is
+kept from the terminal; other processes are started only where one must be killed, or several must talk.
+Tests that need GPT-2's vocabulary skip where tiktoken can't have it (TIKTOKEN_CACHE_DIR says where it is).
+"""
+
+import ast
+import collections
+import contextlib
+import dataclasses
+import difflib
+import errno
+import functools
+import hashlib
+import http.server
+import importlib
+import inspect
+import io
+import itertools
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+import xml.etree.ElementTree
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+HERE = Path(__file__).resolve().parent
+ALL = ("gpt2", "vit", "resnet", "ijepa", "mae", "simclr", "flash_attn", "puzzles")
+SCRIPTS = [name for name in ALL if (HERE / f"{name}.py").exists()]
+SHORT = {"gpt2": ["--eval_tokens", 4096, "--sample_tokens", 8]}  # flags that shorten a run but for its steps
+sys.path.insert(0, str(HERE))
+
+
+def run(script, *argv):
+    """(status, stdout, stderr) of a script's main(argv) in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = importlib.import_module(script).main([str(a) for a in argv])
+    return status, out.getvalue(), err.getvalue()
+
+
+def child(*command, timeout=300, **more):
+    """A command's CompletedProcess, with one thread as in this process, so that results agree bit for bit."""
+    env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(HERE), PYTHONDONTWRITEBYTECODE="1")
+    return subprocess.run([sys.executable, *map(str, command)], env=env, capture_output=True, text=True, timeout=timeout,
+                          **more)
+
+
+@contextlib.contextmanager
+def folder(path):
+    """Work in a folder; contextlib.chdir is younger than Python 3.10."""
+    old = os.getcwd()
+    os.chdir(path)
+    try:
+        yield
+    finally:
+        os.chdir(old)
+
+
+def snapshot(path):
+    return {str(p.relative_to(path)): p.read_bytes() if p.is_file() else None for p in sorted(Path(path).rglob("*"))}
+
+
+class Case(unittest.TestCase):
+    def setUp(self):
+        self.dir = Path(tempfile.mkdtemp())
+        self.addCleanup(shutil.rmtree, self.dir, ignore_errors=True)
+
+    def close(self, a, b, tolerance, message=None):
+        """|a - b| is at most tolerance times b's largest value."""
+        a, b = (torch.as_tensor(t).detach().double() for t in (a, b))
+        self.assertEqual(a.shape, b.shape, message)
+        self.assertLessEqual((a - b).abs().max().item(), tolerance * b.abs().max().item(), message)
+
+    def same(self, a, b, where="it"):
+        """Equal bit for bit: tensors, and lists and dicts of them."""
+        if isinstance(a, torch.Tensor):
+            self.assertTrue(a.dtype == b.dtype and torch.equal(a, b), f"{where} differs")
+        elif isinstance(a, dict):
+            self.assertEqual(list(a), list(b), where)
+            for key in a:
+                self.same(a[key], b[key], f"{where}[{key!r}]")
+        elif isinstance(a, (list, tuple)):
+            self.assertEqual(len(a), len(b), where)
+            for i, pair in enumerate(zip(a, b)):
+                self.same(*pair, f"{where}[{i}]")
+        else:
+            self.assertEqual(a, b, where)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the house: what holds for every script
+
+
+class TestHouse(Case):
+    def test_imports(self):
+        """No script imports another; at module level only the standard library and the four packages."""
+        allowed = {*sys.stdlib_module_names, "torch", "numpy", "tiktoken", "requests"}
+
+        def imports(node, inside=False):
+            for part in ast.iter_child_nodes(node):
+                if isinstance(part, ast.Import):
+                    yield from ((alias.name, inside) for alias in part.names)
+                elif isinstance(part, ast.ImportFrom):
+                    yield "." * part.level + (part.module or ""), inside
+                else:
+                    yield from imports(part, inside or isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef)))
+
+        for script in SCRIPTS:
+            for name, inside in imports(ast.parse((HERE / f"{script}.py").read_text())):
+                with self.subTest(script=script, name=name):
+                    self.assertNotIn(name.split(".")[0], (*ALL, "tests", ""), "imports another script")
+                    self.assertTrue(inside or name.split(".")[0] in allowed, "not one of the four packages")
+
+    def test_copies(self):
+        """The same top-level name has the same source, to the letter, in every script that has it."""
+        seen = {}
+        for script in SCRIPTS:
+            lines = (HERE / f"{script}.py").read_text().splitlines()
+            for node in ast.parse("\n".join(lines)).body if script != "puzzles" else ():
+                if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name not in (
+                        "Config", "train", "evaluate", "main"):
+                    start = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+                    source = lines[start - 1:node.end_lineno]
+                    other, first = seen.setdefault(node.name, (script, source))
+                    with self.subTest(name=node.name):
+                        self.assertTrue(source == first, "\n".join(["", *difflib.unified_diff(
+                            first, source, f"{other}.py", f"{script}.py", lineterm="")]))
+
+    def test_metadata(self):
+        """Each script begins with inline metadata (PEP 723), so that uv runs it with nothing installed."""
+        for script in SCRIPTS:
+            with self.subTest(script=script):
+                block = re.match(r"# /// script\n((?:#.*\n)+?)# ///\n\"\"\"", (HERE / f"{script}.py").read_text())
+                self.assertTrue(block, "no '# /// script' block before the docstring")
+                wanted = re.search(r"# dependencies = (\[.*\])", block[1])[1]
+                self.assertLessEqual(set(json.loads(wanted)), {"torch", "numpy", "tiktoken", "requests"})
+
+    def test_help(self):
+        """--help: status 0, every field of Config with its comment and its default."""
+        for script in SCRIPTS:
+            with self.subTest(script=script):
+                status, out, err = run(script, "--help")
+                self.assertEqual((status, err), (0, ""))
+                text, config = "".join(out.split()), getattr(importlib.import_module(script), "Config", None)
+                self.assertTrue(config or script in ("flash_attn", "puzzles"))
+                for field in dataclasses.fields(config) if config else ():
+                    line = re.search(rf"^    {field.name}: .*?  # (.*)$", inspect.getsource(config), re.M)
+                    self.assertTrue(line, f"{field.name} has no comment")
+                    for part in (f"--{field.name}", line[1], str(field.default)):
+                        self.assertTrue("".join(part.split()) in text, f"--help lacks {field.name}'s {part!r}")
+
+    def test_default_run(self):
+        """A few steps with otherwise default flags leave the contract's files, in the run's folder alone."""
+        for script in SCRIPTS:
+            with self.subTest(script=script), folder(self.dir):
+                flags = ["--steps", 3, "--out", f"run/{script}", *SHORT.get(script, ())]
+                status, out, err = run(script, *["train"] * (script == "puzzles"), *flags)
+                self.assertEqual(status, 0, err)
+                self.assertLessEqual({p.name for p in self.dir.iterdir()}, {"run", "data"})
+                at = self.dir / "run" / script
+                config = json.loads((at / "config.json").read_text())
+                self.assertEqual(config["steps"], 3)
+                rows = [json.loads(line) for line in (at / "log.jsonl").read_text().splitlines()]
+                steps = [row for row in rows if "loss" in row and "final" not in row]
+                self.assertTrue(steps)
+                for row in steps:
+                    self.assertLessEqual({"step", "loss", "lr", "ms", "seconds"}, set(row))
+                    self.assertTrue({"tokens_per_s", "images_per_s"} & set(row))
+                self.assertTrue([row for row in rows if "loss" not in row and "seconds" in row], "no line of an evaluation")
+                self.assertTrue(rows[-1]["final"] and rows[-1]["peak_mb"] > 0)
+                self.assertEqual(sum("final" in row for row in rows), 1)
+                xml.etree.ElementTree.parse(at / "curves.svg")
+                for name in ("ckpt.pt", "best.pt"):
+                    saved = torch.load(at / name, weights_only=True)
+                    self.assertLessEqual({"model", "config", "step"}, set(saved))
+                    self.assertEqual(type(saved["config"]), dict)
+                    self.assertFalse([k for k in saved["model"] if k.startswith(("module.", "_orig_mod."))])
+                last = torch.load(at / "ckpt.pt", weights_only=True)
+                self.assertIn("optimizer", last)
+                self.assertEqual((last["step"], last["config"]), (3, config))
+
+    def test_import_does_nothing(self):
+        """Importing prints nothing, writes nothing, and leaves random states, threads and signal handlers alone."""
+        code = """if True:
+            import random, signal, sys, warnings, numpy, requests, tiktoken, torch
+            def state():
+                return [random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), sys.path,
+                        torch.get_num_threads(), torch.get_default_dtype(), signal.getsignal(signal.SIGINT),
+                        torch.is_grad_enabled(), torch.get_float32_matmul_precision(), warnings.filters]
+            before = [list(x) if isinstance(x, list) else x for x in state()]
+            import """ + ", ".join(SCRIPTS) + """
+            assert state() == before"""
+        done = child("-c", code, cwd=self.dir)
+        self.assertEqual((done.returncode, done.stdout, done.stderr, snapshot(self.dir)), (0, "", "", {}))
+
+    def test_outside(self):
+        """A fresh clone stands alone: nothing names a folder beside it, but .ci/run."""
+        for path in [*(HERE / f"{s}.py" for s in SCRIPTS), HERE / "tests.py", HERE / "README.md"]:
+            self.assertNotIn(".." + "/shared", path.read_text() if path.exists() else "", path.name)
+
+    def test_readme(self):
+        """The README's commands run, in their order and in one folder, with fewer steps."""
+        readme = (HERE / "README.md").read_text() if (HERE / "README.md").exists() else self.skipTest("no README.md")
+        lines = "\n".join(re.findall(r"^```\w*\n(.*?)^```", readme, re.M | re.S)).replace("\\\n", " ").splitlines()
+        commands = [shlex.split(part, comments=True) for line in lines for part in line.split("&&")]
+        commands = [c for c in commands if c[:1] == ["python"] and c[1] != "tests.py"]
+        elsewhere = re.compile("shakespeare|cifar|imagenet|^gpt2|^resnet|^vit|^cuda|--compile|--wandb|float16")
+        done = []
+        self.assertTrue(commands)
+        with folder(self.dir):
+            for _, script, *flags in commands:
+                with self.subTest(command=" ".join([script, *flags])):
+                    self.assertIn(script.removesuffix(".py"), ALL)
+                    if script.removesuffix(".py") not in SCRIPTS or any(elsewhere.search(flag) for flag in flags):
+                        continue  # needs the network, a GPU or hours
+                    out = Path(flags[flags.index("--out") + 1] if "--out" in flags else f"out/{script[:-3]}")
+                    if {"--resume", "--sample_only", "--eval_only"} & {*flags} and "--init" not in flags and not out.exists():
+                        continue  # goes on from a run that was left out above
+                    for flag in {"--data", "--init"} & {*flags}:
+                        path = Path(flags[flags.index(flag) + 1])
+                        if path.suffix == ".txt" and not path.exists():
+                            path.write_text(TEXT * 10)
+                        if path.suffix == ".jsonl" and not path.exists():
+                            path.write_text('{"instruction": "Say a.", "input": "", "output": "a"}\n' * 20)
+                    short = ["--steps", 2, *SHORT.get(script[:-3], ())]
+                    status, _, err = run(script[:-3], *flags, *short)
+                    self.assertEqual(status, 0, err)
+                    done.append(script)
+        self.assertTrue(done, "none of the README's commands could be run")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# gpt2.py
+
+TEXT = " ".join(np.random.default_rng(0).choice("the cat sat on a mat while rain fell and köln slept".split(), 700)) + "\n"
+
+
+def slow_gpt(w, idx, heads, kv_heads=None):
+    """GPT-2's logits (B, T, V) from its equations: fp64, a head at a time, explicit masks. w: Hugging Face's names and
+    layout, whose matrices (Conv1D) act as x w. Without wpe, positions are rotary: complex numbers that turn."""
+    w = {name.removeprefix("transformer."): value.double() for name, value in w.items()}
+    kv_heads, (B, T), C = kv_heads or heads, idx.shape, w["wte.weight"].size(1)
+    D = C // heads
+    turn = torch.polar(torch.ones(T, D // 2).double(), torch.arange(T).double()[:, None] *
+                       10000 ** (-2 * torch.arange(D // 2).double() / D))  # e^{i t θ_j}
+
+    def norm(x, name):
+        x = x - x.mean(-1, keepdim=True)
+        return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def linear(x, name):
+        return x @ w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def rotated(x):
+        if "wpe.weight" in w:
+            return x
+        z = torch.complex(x[..., :D // 2], x[..., D // 2:]) * turn
+        return torch.cat((z.real, z.imag), -1)
+
+    x = w["wte.weight"][idx] + (w["wpe.weight"][:T] if "wpe.weight" in w else 0)
+    for n in range(sum(name.endswith("ln_1.weight") for name in w)):
+        qkv, ys = linear(norm(x, f"h.{n}.ln_1"), f"h.{n}.attn.c_attn"), []
+        for h in range(heads):
+            g = C + h // (heads // kv_heads) * D  # where the keys of this head's group are
+            q, k, v = rotated(qkv[..., h * D:h * D + D]), rotated(qkv[..., g:g + D]), qkv[..., g + kv_heads * D:][..., :D]
+            scores = (q @ k.mT / D ** 0.5).masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
+            weights = (scores - scores.amax(-1, keepdim=True)).exp()
+            ys.append(weights / weights.sum(-1, keepdim=True) @ v)
+        x = x + linear(torch.cat(ys, -1), f"h.{n}.attn.c_proj")
+        a = linear(norm(x, f"h.{n}.ln_2"), f"h.{n}.mlp.c_fc")
+        a = 0.5 * a * (1 + torch.tanh((2 / math.pi) ** 0.5 * (a + 0.044715 * a ** 3)))
+        x = x + linear(a, f"h.{n}.mlp.c_proj")
+    return norm(x, "ln_f") @ w["wte.weight"].T
+
+
+def slow_nll(logits, targets):
+    """-log p of each target that is not -100, one by one."""
+    return [-(row[t] - row.logsumexp(0)) for row, t in zip(logits.flatten(0, 1), targets.flatten().tolist()) if t != -100]
+
+
+def conv1d(state):
+    """Our state dict in Hugging Face's layout, as slow_gpt wants it."""
+    return {k: w.t() if k.startswith("transformer.h.") and w.dim() == 2 else w for k, w in state.items() if "lm_head" not in k}
+
+
+def hf_tensors(C=128, L=2, V=50, T=16, seed=0):
+    """Random tensors under Hugging Face's names, in its layout, mask buffers included."""
+    g = torch.Generator().manual_seed(seed)
+    shapes = {"wte.weight": (V, C), "wpe.weight": (T, C), "ln_f.weight": (C,), "ln_f.bias": (C,)}
+    for n in range(L):
+        for name, rows, columns in (("attn.c_attn", C, 3 * C), ("attn.c_proj", C, C), ("mlp.c_fc", C, 4 * C),
+                                    ("mlp.c_proj", 4 * C, C)):
+            shapes |= {f"h.{n}.{name}.weight": (rows, columns), f"h.{n}.{name}.bias": (columns,)}
+        shapes |= {f"h.{n}.{name}.{part}": (C,) for name in ("ln_1", "ln_2") for part in ("weight", "bias")}
+    tensors = {name: torch.randn(shape, generator=g) * 0.1 + ("ln_" in name and "weight" in name)
+               for name, shape in shapes.items()}
+    for n in range(L):
+        tensors |= {f"h.{n}.attn.bias": torch.ones(1, 1, T, T).tril(), f"h.{n}.attn.masked_bias": torch.tensor(-1e4)}
+    return tensors
+
+
+def write_safetensors(path, tensors, dtype=np.float32, name="F32"):
+    """The format from its description, in struct and NumPy: length, JSON header, data."""
+    arrays = {k: w.detach().numpy().astype(dtype) for k, w in tensors.items()}
+    ends = list(itertools.accumulate(a.nbytes for a in arrays.values()))
+    header = json.dumps({"__metadata__": {"format": "pt"}} | {k: {
+        "dtype": name, "shape": list(a.shape), "data_offsets": [end - a.nbytes, end]}
+        for (k, a), end in zip(arrays.items(), ends)}).encode()
+    Path(path).write_bytes(struct.pack("<Q", len(header)) + header + b"".join(a.tobytes() for a in arrays.values()))
+    return Path(path)
+
+
+def read_safetensors(path):
+    raw = Path(path).read_bytes()
+    n = struct.unpack("<Q", raw[:8])[0]
+    header = json.loads(raw[8:8 + n])
+    header.pop("__metadata__", None)
+    assert sorted(e["data_offsets"] for e in header.values())[-1][1] == len(raw) - 8 - n, "bytes that no tensor has"
+    return {k: np.frombuffer(raw[8 + n:][slice(*e["data_offsets"])], {"F32": "<f4"}[e["dtype"]]).reshape(e["shape"])
+            for k, e in header.items()}
+
+
+class Server:
+    """An HTTP server on 127.0.0.1. replies, one for each request and the last for all others: status, body, cut (bytes sent
+    before it hangs up), ranges (whether it knows Range). asked: the requests' Range headers."""
+
+    def __init__(self, test, *replies):
+        self.asked = asked = []
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                reply = dict(dict(status=200, cut=None, ranges=True), **replies[min(len(asked), len(replies) - 1)])
+                asked.append(self.headers.get("Range"))
+                body, start, status = reply["body"], 0, reply["status"]
+                if asked[-1] and reply["ranges"] and status == 200:
+                    start = int(re.fullmatch(r"bytes=(\d+)-", asked[-1])[1])
+                    status = 206 if start < len(body) else 416
+                self.send_response(status)
+                if status == 206:
+                    self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+                if status == 416:
+                    self.send_header("Content-Range", f"bytes */{len(body)}")
+                    body, start = b"", 0
+                self.send_header("Content-Length", str(len(body) - start))
+                self.end_headers()
+                with contextlib.suppress(OSError):
+                    self.wfile.write(body[start:reply["cut"]])
+
+            def log_message(self, *_):
+                pass
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{server.server_port}/file"
+        threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.01), daemon=True).start()
+        test.addCleanup(server.server_close)
+        test.addCleanup(server.shutdown)
+
+
+class TestGPT2(Case):
+    @classmethod
+    def setUpClass(cls):
+        import gpt2
+        cls.gpt2, cls.threads = gpt2, torch.get_num_threads()
+        torch.set_num_threads(1)  # small models are faster so, and a child's results are the same
+
+    @classmethod
+    def tearDownClass(cls):
+        torch.set_num_threads(cls.threads)
+
+    def setUp(self):
+        super().setUp()
+        torch.manual_seed(0)
+        self.text = self.dir / "text.txt"
+        self.text.write_text(TEXT, encoding="utf-8")
+        self.tiny = ["--data", self.text, "--n_layer", 2, "--n_head", 2, "--n_embd", 32, "--block_size", 16, "--batch_size", 4,
+                     "--eval_tokens", 256, "--sample_tokens", 4, "--warmup", 2, "--steps", 20, "--eval_every", 10,
+                     "--log_every", 5]
+
+    # helpers
+
+    def train(self, name, *flags, tiny=True, status=0):
+        """A small run into the folder name: its out, rows of the log, text, checkpoint."""
+        out = self.dir / name
+        got, text, err = run("gpt2", *(self.tiny if tiny else ()), "--out", out, *flags)
+        self.assertEqual(got, status, err)
+        return self.look(out, text, err)
+
+    def look(self, out, text="", err=""):
+        rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        return SimpleNamespace(out=out, rows=rows, text=text, err=err, ckpt=torch.load(out / "ckpt.pt", weights_only=True),
+                               losses={r["step"]: r["loss"] for r in rows if "loss" in r},
+                               val={r["step"]: r["val_loss"] for r in rows if "val_loss" in r and "final" not in r})
+
+    def same_run(self, a, b):
+        """The same parameters, optimiser, best metric and losses, bit for bit."""
+        for key in ("model", "optimizer", "step", "best", "worse"):
+            self.same(a.ckpt[key], b.ckpt[key], key)
+        self.assertEqual((a.losses, a.val), (b.losses, b.val))
+
+    def bad(self, *flags, says=(), status=2):
+        """Bad input: the status, one line on stderr that begins with the script's name, nothing on disk changes."""
+        before = snapshot(self.dir)
+        with self.subTest(flags=" ".join(map(str, flags))[-90:]), folder(self.dir):
+            got, out, err = run("gpt2", *flags)
+            self.assertEqual(got, status, err)
+            self.assertRegex(err, r"\Agpt2\.py: [^\n]+\n\Z")
+            for word in [says] if isinstance(says, str) else says:
+                self.assertIn(str(word), err)
+            self.assertNotIn("Traceback", out)
+            self.assertEqual(sorted(snapshot(self.dir)), sorted(before), "files came or went")
+            self.assertTrue(snapshot(self.dir) == before, "a file changed")
+
+    def model(self, seed=0, scale=0.2, **config):
+        """A small model with weights large enough that every term matters, and embeddings small enough that LayerNorm's
+        eps does."""
+        c = dict(block_size=16, vocab_size=50, n_layer=2, n_head=4, n_embd=32)
+        model = self.gpt2.GPT(self.gpt2.GPTConfig(**c | config))
+        g = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_(torch.randn(p.shape, generator=g) * (0.01 if "wte" in name or "wpe" in name else scale))
+                p.add_("ln_" in name and "weight" in name)
+        return model
+
+    def fixed(self, logits, **config):
+        """A model whose next-token logits are always these."""
+        model = self.gpt2.GPT(self.gpt2.GPTConfig(block_size=4, vocab_size=len(logits), n_layer=1, n_head=1, n_embd=4, **config))
+        with torch.no_grad():
+            model.transformer.ln_f.weight.zero_()
+            model.transformer.ln_f.bias.copy_(torch.tensor([1.0, 0, 0, 0]))
+            model.transformer.wte.weight[:len(logits), 0] = torch.as_tensor(logits, dtype=torch.float)
+        return model
+
+    def base(self):
+        """A folder of fresh weights for self.tiny, with learned positions."""
+        if not (self.dir / "base").exists():
+            torch.manual_seed(5)
+            model = self.gpt2.GPT(self.gpt2.GPTConfig(block_size=16, vocab_size=256, n_layer=2, n_head=2, n_embd=32))
+            model.save_pretrained(self.dir / "base")
+        return self.dir / "base"
+
+    def bpe(self):
+        try:
+            return self.gpt2.make_tokenizer("gpt2")
+        except ValueError:
+            self.skipTest("GPT-2's vocabulary is not here")
+
+    # model
+
+    def test_size(self):
+        with torch.device("meta"):
+            models = [self.gpt2.GPT(self.gpt2.GPTConfig(n_layer=n, n_embd=C, n_head=C // 64))
+                      for n, C in ((12, 768), (24, 1024), (36, 1280), (48, 1600))]
+        sizes = [sum(p.numel() for p in m.parameters()) for m in models]
+        self.assertEqual(sizes, [124439808, 354823168, 774030080, 1557611200])  # as published, each
+
+    def test_init(self):
+        """Stds within 3%: the smallest matrix has 50,000 entries, so that chance alone is 0.3%. The first loss is
+        ln V + C .02² / 2, the second term that of logits with variance C .02²; C = 768 makes it 0.154."""
+        torch.manual_seed(0)
+        V, C, L = 256, 768, 2
+        model = self.gpt2.GPT(self.gpt2.GPTConfig(block_size=64, vocab_size=V, n_layer=L, n_head=12, n_embd=C))
+        for name, p in model.named_parameters():
+            if p.dim() == 2:
+                std = 0.02 / math.sqrt(2 * L) if name.endswith("c_proj.weight") else 0.02
+                self.assertAlmostEqual(p.std().item() / std, 1, delta=0.03, msg=name)
+                self.assertLess(abs(p.mean().item()), 0.001)
+            else:
+                self.assertTrue((p == ("ln_" in name and "weight" in name)).all(), name)
+        idx = torch.randint(V, (16, 65))
+        with torch.no_grad():
+            loss = model(idx[:, :-1], idx[:, 1:])[1].item()
+        self.assertAlmostEqual(loss, math.log(V) + C * 0.02**2 / 2, delta=0.03)  # 1,024 tokens: ± .55 / 32, twice
+
+    def test_equations(self):
+        """Logits, loss and gradients, against slow_gpt."""
+        for pos, kv, T in itertools.product(("learned", "rope"), (None, 2, 1), (16, 7)):
+            with self.subTest(pos=pos, kv=kv, T=T):
+                model = self.model(pos=pos, n_kv_head=kv)
+                idx, targets = torch.randint(50, (3, T)), torch.randint(50, (3, T))
+                targets[:, ::3] = -100
+                w = {k: v.double().requires_grad_() for k, v in conv1d(model.state_dict()).items()}
+                logits = slow_gpt(w, idx, 4, kv)
+                loss = torch.stack(slow_nll(logits, targets)).mean()
+                ours, our_loss = model(idx, targets)
+                self.close(ours, logits, 5e-5)
+                self.close(our_loss, loss, 5e-6)
+                loss.backward()
+                our_loss.backward()
+                for name, g in conv1d({k: p.grad for k, p in model.named_parameters()}).items():
+                    self.close(g, w[name].grad, 5e-5, name)
+                last, none = model(idx)
+                self.assertEqual((last.shape, none), ((3, 1, 50), None))
+                self.close(last, logits[:, -1:], 5e-5)
+
+    def test_causal(self):
+        for pos in ("learned", "rope"):
+            model, idx = self.model(pos=pos), torch.randint(49, (2, 16))
+            before = model(idx, idx)[0]
+            for t in (1, 7, 15):
+                after = model(idx + (torch.arange(16) == t), idx)[0]
+                self.assertTrue(torch.equal(before[:, :t], after[:, :t]))
+                self.assertTrue((before[:, t:] != after[:, t:]).any(-1).all(), "a token does not see its past")
+
+    def test_too_long(self):
+        with self.assertRaises(ValueError):
+            self.model()(torch.zeros(1, 17, dtype=torch.long))
+
+    def test_config_errors(self):
+        for wrong in (dict(n_embd=30), dict(n_kv_head=3), dict(pos="none"), dict(n_head=0), dict(n_kv_head=8),
+                      dict(pos="rope", n_embd=12)):
+            with self.subTest(**wrong), self.assertRaises(ValueError):
+                self.model(**wrong)
+
+    def test_grad_checkpoint(self):
+        """The same loss and gradients, dropout included, though each block runs twice."""
+        results = []
+        for flag in (False, True):
+            model, calls = self.model(dropout=0.2, grad_checkpoint=flag), []
+            model.transformer.h[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+            torch.manual_seed(1)
+            idx = torch.arange(32).view(2, 16)
+            model(idx, idx.flip(0))[1].backward()
+            results.append([p.grad for p in model.parameters()])
+            self.assertEqual(len(calls), 1 + flag)
+        self.same(*results)
+
+    def test_dropout(self):
+        """After the embedding, on attention's weights, on both residual branches of each block; nowhere in eval."""
+        model, idx = self.model(dropout=0.3), torch.arange(32).view(2, 16)
+        plain = self.model()
+        model.eval()
+        self.same(model(idx, idx), plain(idx, idx))
+        model.train()
+        dropout, attention, calls = F.dropout, F.scaled_dot_product_attention, []
+
+        def counted(x, p=0.5, training=True, *more):
+            calls.append(("residual", p, training))
+            return dropout(x, p, training, *more)
+
+        def attended(*args, **kwargs):
+            calls.append(("attention", kwargs.get("dropout_p"), True))
+            return attention(*args, **kwargs)
+
+        with mock.patch.object(F, "dropout", counted), mock.patch.object(F, "scaled_dot_product_attention", attended):
+            model(idx, idx)
+        self.assertEqual(collections.Counter(calls), {("residual", 0.3, True): 1 + 2 * 2, ("attention", 0.3, True): 2})
+        self.assertFalse(torch.equal(model(idx, idx)[0], model(idx, idx)[0]))
+
+    # generation
+
+    def test_cache(self):
+        """Each step's logits as without a cache, within 1e-4, and greedy ids the same, past the block's end too."""
+        for pos, kv, B in itertools.product(("learned", "rope"), (None, 2, 1), (1, 3)):
+            with self.subTest(pos=pos, kv=kv, B=B):
+                model, prompt, logits, widths = self.model(pos=pos, n_kv_head=kv, n_head=4), torch.randint(50, (B, 5)), [], []
+                hooks = [model.lm_head.register_forward_hook(lambda m, i, o: logits.append(o[:, -1])),
+                         model.transformer.wte.register_forward_pre_hook(lambda m, i: widths.append(i[0].size(1)))]
+                got = model.generate(prompt, 20, temperature=0)
+                for hook in hooks:
+                    hook.remove()
+                self.assertEqual(widths, [5] + [1] * 11 + [16] * 8)  # it is a cache
+                for step, cached in enumerate(logits):
+                    slow = model(got[:, :5 + step][:, -16:])[0][:, -1]
+                    self.assertLess((cached - slow).abs().max().item(), 1e-4)
+                    self.assertTrue(torch.equal(slow.argmax(-1), got[:, 5 + step]))
+                self.assertTrue(torch.equal(got[:, :5], prompt))
+                self.assertEqual(got.shape, (B, 25))
+                self.assertGreater(len(got.unique()), 5)  # else greedy ids say little
+
+    def test_long_prompt(self):
+        """A prompt longer than the block is read from its end."""
+        model, prompt = self.model(), torch.randint(50, (2, 40))
+        self.assertTrue(torch.equal(model.generate(prompt, 3, temperature=0)[:, 40:],
+                                    model.generate(prompt[:, -16:], 3, temperature=0)[:, 16:]))
+
+    def frequencies(self, probs, n=20000, **settings):
+        """How often each token is drawn, n times, from a model that predicts probs."""
+        model = self.fixed(torch.tensor(probs).log())
+        drawn = model.generate(torch.zeros(n, 1, dtype=torch.long), 1, generator=torch.Generator().manual_seed(0), **settings)
+        return torch.bincount(drawn[:, 1], minlength=len(probs)) / n
+
+    def drawn_as(self, expected, probs, **settings):
+        """Frequencies within five standard deviations of expected; what has none is never drawn."""
+        expected = torch.tensor(expected, dtype=torch.float64)
+        expected /= expected.sum()
+        got = self.frequencies(probs, **settings).double()
+        self.assertTrue((got[expected == 0] == 0).all(), f"{settings}: {got.tolist()}")
+        within = 5 * (expected * (1 - expected) / 20000).sqrt() + 1e-12
+        self.assertTrue(((got - expected).abs() <= within).all(), f"{settings}: {got.tolist()}, not {expected.tolist()}")
+
+    def test_temperature(self):
+        p = [0.1, 0.5, 0.15, 0.25]
+        self.drawn_as(p, p)
+        self.drawn_as([x**2 for x in p], p, temperature=0.5)
+        self.drawn_as([x**0.5 for x in p], p, temperature=2.0)
+        self.drawn_as([0, 1, 0, 0], p, temperature=0)
+        self.drawn_as([0, 1, 0, 0], p, temperature=0, top_k=3, top_p=0.9)
+        self.drawn_as([0, 1, 0, 0], p, temperature=1e-30)  # in effect 0
+
+    def test_top_k(self):
+        p = [0.1, 0.5, 0.15, 0.25]
+        self.drawn_as([0, 0.5, 0, 0.25], p, top_k=2)
+        self.drawn_as([0, 1, 0, 0], p, top_k=1)
+        self.drawn_as(p, p, top_k=100)
+        self.drawn_as([0, 0.5**0.5, 0, 0.25**0.5], p, top_k=2, temperature=2.0)
+        tied = self.frequencies([0.2, 0.4, 0.2, 0.2], top_k=2)  # exactly two, though three share the second place
+        self.assertEqual((tied > 0).sum().item(), 2)
+        self.assertAlmostEqual(tied[1].item(), 2 / 3, delta=0.02)
+
+    def test_top_p(self):
+        p = [0.05, 0.5, 0.15, 0.3]
+        self.drawn_as([0, 0.5, 0, 0.3], p, top_p=0.6)  # .5 is not enough: the token that crosses .6 stays
+        self.drawn_as([0, 1, 0, 0], p, top_p=0.45)
+        self.drawn_as([0, 0.5, 0.15, 0.3], p, top_p=0.82)
+        self.drawn_as([0, 1, 0, 0], p, top_p=1e-6)  # one is always left
+        self.drawn_as(p, p, top_p=1.0)
+        # of the three likeliest, .5 and .3 are .842 once they sum to one, and enough: top-k comes first
+        self.drawn_as([0, 0.5, 0, 0.3], p, top_k=3, top_p=0.83)
+        self.drawn_as([0, 0.5, 0, 0.3], p, top_k=2, top_p=0.99)
+        # temperature comes before: at 0.5 the squares .25 and .09 are .93 of all
+        self.drawn_as([0, 0.25, 0, 0.09], p, temperature=0.5, top_p=0.9)
+
+    def test_stop(self):
+        """After its stop token a sequence holds nothing else; generation ends when all have had one."""
+        out = self.fixed([0.0, 0.0, 0.0]).generate(torch.zeros(8, 1, dtype=torch.long), 200, stop=2)
+        ends = [(row == 2).nonzero()[0].item() for row in out]
+        for row, end in zip(out, ends):
+            self.assertTrue((row[end:] == 2).all())
+        self.assertEqual(out.size(1), max(ends) + 1)
+        self.assertGreater(len(set(ends)), 1)
+        self.assertEqual(self.fixed([0.0, 0.0, -1e9]).generate(torch.zeros(2, 1, dtype=torch.long), 9, stop=2).size(1), 10)
+
+    def test_padded_vocabulary(self):
+        """Rows past the vocabulary are never drawn, however likely."""
+        model = self.fixed(torch.zeros(50), pad_vocab=64)
+        self.assertEqual(model.transformer.wte.weight.shape, (64, 4))
+        with torch.no_grad():
+            model.transformer.wte.weight[50:, 0] = 100.0
+        for settings in (dict(temperature=0), dict(), dict(top_k=5), dict(top_p=0.9)):
+            self.assertLess(model.generate(torch.zeros(200, 1, dtype=torch.long), 3, **settings).max().item(), 50)
+
+    def test_generate_leaves_no_trace(self):
+        model, prompt = self.model(dropout=0.5), torch.randint(50, (2, 3))
+        for training in (True, False):
+            model.train(training)
+            state = torch.get_rng_state()
+            a, b, c = (model.generate(prompt, 10, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+            self.assertTrue(torch.equal(a, b) and not torch.equal(a, c))
+            self.assertTrue(torch.equal(state, torch.get_rng_state()))
+            self.assertTrue(all(m.training == training for m in model.modules()))
+
+    def test_generate_errors(self):
+        model, prompt, nan = self.model(), torch.zeros(1, 1, dtype=torch.long), math.nan
+        for wrong in (dict(temperature=-1), dict(temperature=nan), dict(top_k=0), dict(top_k=-3), dict(top_p=0), dict(top_p=1.5),
+                      dict(top_p=nan), dict(idx=prompt[:, :0]), dict(max_new_tokens=-1)):
+            with self.subTest(**{k: str(v) for k, v in wrong.items()}), self.assertRaises(ValueError):
+                model.generate(**dict(idx=prompt, max_new_tokens=2) | wrong)
+
+    # weights
+
+    def test_from_pretrained(self):
+        """Hugging Face's tensors, with and without prefix, fp32 and fp16, from a folder and from a file."""
+        tensors, idx = hf_tensors(), torch.randint(50, (2, 16))
+        prefixed = {f"transformer.{k}": w for k, w in tensors.items()}
+        tied = {**prefixed, "lm_head.weight": tensors["wte.weight"]}
+        (self.dir / "config.json").write_text(json.dumps(dict(n_head=4, model_type="gpt2")))
+        for n, (stored, kind) in enumerate(itertools.product((tensors, prefixed, tied), ((np.float32, "F32"), (np.float16, "F16")))):
+            with self.subTest(n):
+                file = write_safetensors(self.dir / "model.safetensors", stored, *kind)
+                w = {k: torch.from_numpy(v.numpy().astype(kind[0]).astype(np.float64)) for k, v in tensors.items()}
+                for source, heads in ((file, 2), (self.dir, 4), (str(self.dir), 4)):  # 128 / 64, or as config.json says
+                    model = self.gpt2.GPT.from_pretrained(source)
+                    self.assertEqual((model.config.n_head, model.config.block_size, model.config.vocab_size), (heads, 16, 50))
+                    self.close(model(idx, idx)[0], slow_gpt(w, idx, heads), 5e-5)
+        self.assertEqual({p.dtype for p in model.parameters()}, {torch.float32})
+        self.assertIs(model.lm_head.weight, model.transformer.wte.weight)
+        model.generate(idx[:, :4], 2)  # and it can be written to: its memory is its own
+        with torch.no_grad():
+            model.transformer.wte.weight.zero_()
+        self.close(self.gpt2.GPT.from_pretrained(file).transformer.wte.weight, tensors["wte.weight"], 1e-3)
+
+    def test_save_pretrained(self):
+        """Another parser finds Hugging Face's names, layout and settings; a reload gives the same logits bit for bit."""
+        model, idx = self.model(pad_vocab=64, n_embd=128, dropout=0.1), torch.randint(50, (2, 16))
+        model.save_pretrained(self.dir / "hf")
+        found, config = read_safetensors(self.dir / "hf/model.safetensors"), json.loads((self.dir / "hf/config.json").read_text())
+        expected = {k: w for k, w in hf_tensors().items() if not k.endswith((".attn.bias", ".attn.masked_bias"))}
+        self.assertEqual({k: v.shape for k, v in found.items()}, {f"transformer.{k}": tuple(w.shape) for k, w in expected.items()})
+        for name, w in conv1d(model.state_dict()).items():
+            self.assertTrue(np.array_equal(found[name], w[:50].numpy() if "wte" in name else w.numpy()), name)
+        self.assertLessEqual(dict(
+            model_type="gpt2", architectures=["GPT2LMHeadModel"], vocab_size=50, n_positions=16, n_embd=128, n_layer=2, n_head=4,
+            activation_function="gelu_new", layer_norm_epsilon=1e-5, embd_pdrop=0.1, attn_pdrop=0.1, resid_pdrop=0.1,
+            ).items(), config.items())
+        again = self.gpt2.GPT.from_pretrained(self.dir / "hf")
+        self.same({k: w[:50] if "wte" in k or "head" in k else w for k, w in model.state_dict().items()}, again.state_dict())
+        again.save_pretrained(self.dir / "hf")
+        self.same(self.gpt2.GPT.from_pretrained(self.dir / "hf")(idx), again(idx))  # no padding, and the same bit for bit
+        for other in (self.model(pos="rope"), self.model(n_kv_head=2), self.model(bias=False)):
+            with self.assertRaises(ValueError):
+                other.save_pretrained(self.dir / "none")
+        self.assertFalse((self.dir / "none").exists())
+
+    def test_refused_weights(self):
+        """Each broken or foreign file: a ValueError of one line."""
+        tensors, whole = hf_tensors(), write_safetensors(self.dir / "whole", hf_tensors()).read_bytes()
+        n, C = struct.unpack("<Q", whole[:8])[0], 128
+
+        def header(change):
+            head = json.loads(whole[8:8 + n])
+            change(head)
+            text = json.dumps(head).encode()
+            return struct.pack("<Q", len(text)) + text + whole[8 + n:]
+
+        def with_tensors(**changes):
+            changes = {k.replace("_0_", "h.0.").replace("__", "."): v for k, v in changes.items()}
+            kept = {k: v for k, v in {**tensors, **changes}.items() if v is not None}
+            return write_safetensors(self.dir / "changed", kept).read_bytes()
+
+        files = dict(
+            empty=b"", cut=whole[:-100], cut_in_header=whole[:n // 2], cut_in_length=whole[:5],
+            not_json=whole[:8] + b"x" * n + whole[8 + n:], not_an_object=struct.pack("<Q", 4) + b"[{}]" + whole[8 + n:],
+            past_the_end=struct.pack("<Q", len(whole)) + whole[8:], far_past=struct.pack("<Q", 2**63) + whole[8:],
+            text=b"no weights at all\n" * 99, unknown_dtype=header(lambda h: h["wte.weight"].update(dtype="Q4")),
+            negative=header(lambda h: h["wte.weight"].update(data_offsets=[-4, 4])),
+            outside=header(lambda h: h["wte.weight"].update(data_offsets=[2**40, 2**40 + 50 * C * 4])),
+            size=header(lambda h: h["wte.weight"].update(shape=[51, C])), no_shape=header(lambda h: h["wte.weight"].pop("shape")),
+            missing=with_tensors(_0_mlp__c_fc__weight=None), no_wpe=with_tensors(wpe__weight=None),
+            no_wte=with_tensors(wte__weight=None), more=with_tensors(wqe__weight=torch.zeros(3)),
+            untied=with_tensors(lm_head__weight=tensors["wte.weight"] + 1), no_layers=write_safetensors(
+                self.dir / "changed", {k: v for k, v in tensors.items() if "h." not in k}).read_bytes(),
+            flat=with_tensors(wte__weight=torch.zeros(50 * C)), linear_layout=with_tensors(_0_attn__c_attn__weight=torch.zeros(3 * C, C)),
+            cube=with_tensors(_0_attn__c_proj__weight=torch.zeros(C, C, 1)), bias=with_tensors(_0_ln_1__bias=torch.zeros(C + 1)))
+        for label, content in files.items():
+            with self.subTest(label):
+                (self.dir / "x.safetensors").write_bytes(content)
+                with self.assertRaises(ValueError) as caught:
+                    self.gpt2.GPT.from_pretrained(self.dir / "x.safetensors")
+                self.assertNotIn("\n", str(caught.exception))
+                self.assertIn("x.safetensors", str(caught.exception))
+        self.bad(*self.tiny, "--init", self.dir / "x.safetensors", says="x.safetensors")
+        (self.dir / "hf").mkdir()
+        (self.dir / "hf/model.safetensors").write_bytes(whole)
+        for config in ('{"activation_function": "gelu"}', '{"layer_norm_epsilon": 1e-6}', '{"tie_word_embeddings": false}',
+                       '{"n_head": 5}', '{"n_head": 0}', '{"n_head": "two"}', "{", "[]"):
+            with self.subTest(config):
+                (self.dir / "hf/config.json").write_text(config)
+                with self.assertRaises(ValueError) as caught:
+                    self.gpt2.GPT.from_pretrained(self.dir / "hf")
+                self.assertNotIn("\n", str(caught.exception))
+        (self.dir / "hf/config.json").unlink()
+        self.bad(*self.tiny, "--init", self.dir / "hf", says="config.json")
+        (self.dir / "hf/config.json").write_text('{"n_head": 2}')
+        for switches in (dict(pos="rope"), dict(n_kv_head=1)):
+            with self.assertRaises(ValueError):
+                self.gpt2.GPT.from_pretrained(self.dir / "hf", **switches)
+        self.bad(*self.tiny, "--n_embd", 128, "--init", self.dir / "hf", "--n_kv_head", 1, says="n_kv_head")
+        with self.assertRaises(ValueError):
+            self.gpt2.GPT.from_pretrained(self.dir / "nowhere.safetensors")
+
+    # downloads
+
+    def fetch(self, server, path, **more):
+        err = io.StringIO()
+        with contextlib.redirect_stderr(err):
+            self.gpt2.download(server.url, path, **more)
+        return path.read_bytes(), err.getvalue()
+
+    def refused(self, server, path, says, **more):
+        with self.assertRaises(ValueError) as caught:
+            self.fetch(server, path, **more)
+        self.assertNotIn("\n", str(caught.exception))
+        self.assertIn(says, str(caught.exception))
+        self.assertFalse(path.exists(), "something lies where the whole file belongs")
+
+    def test_download(self):
+        body, path = np.random.default_rng(0).bytes(3_000_000), self.dir / "a/b/file"
+        sha, part = hashlib.sha256(body).hexdigest(), self.dir / "a/b/file.part"
+        server = Server(self, dict(body=body))
+        got, err = self.fetch(server, path, sha256=sha)
+        self.assertTrue(got == body and "3.0" in err)  # its progress, in MB
+        self.fetch(server, path)
+        self.assertEqual(server.asked, [None])  # once is enough
+        self.assertEqual([p.name for p in path.parent.iterdir()], ["file"])
+        for ranges in (True, False):  # broken half-way: the rest alone is asked for, where the server can do that
+            with self.subTest(ranges=ranges):
+                path.unlink()
+                server = Server(self, dict(body=body, cut=2_500_000), dict(body=body, ranges=ranges))
+                self.refused(server, path, server.url)
+                have = part.stat().st_size
+                self.assertGreater(have, 0)
+                self.assertEqual(self.fetch(server, path, sha256=sha)[0], body)
+                self.assertEqual(server.asked, [None, f"bytes={have}-"])
+                self.assertFalse(part.exists())
+        path.unlink()
+        part.write_bytes(body)  # all was there but the last rename
+        self.assertEqual(self.fetch(Server(self, dict(body=body)), path)[0], body)
+
+    def test_download_refused(self):
+        body, path, part = b"0123456789" * 200_000, self.dir / "file", self.dir / "file.part"
+        self.refused(Server(self, dict(body=body)), path, "SHA-256", sha256="0" * 64)
+        self.assertFalse(part.exists(), "a wrong file would be gone on with")
+        self.refused(Server(self, dict(body=b"", status=404)), path, "404")
+        self.refused(Server(self, dict(body=body, cut=1_500_000)), path, "file")
+        self.assertTrue(body.startswith(part.read_bytes()) and part.stat().st_size, "what came is kept")
+        part.write_bytes(body + b"tail")  # more than there is: not that file
+        self.refused(Server(self, dict(body=body)), path, "file")
+        with mock.patch("requests.get", side_effect=OSError("no\nnetwork")):
+            self.refused(SimpleNamespace(url="http://nowhere/file"), path, "http://nowhere/file")
+
+    def test_official_name(self):
+        """from_pretrained("gpt2") and --init gpt2, with the address replaced."""
+        tensors = hf_tensors(C=64, L=1)
+        body, idx = write_safetensors(self.dir / "x", tensors).read_bytes(), torch.randint(50, (1, 9))
+        server = Server(self, dict(body=body))
+        with mock.patch.dict(self.gpt2.OFFICIAL, gpt2=server.url), contextlib.redirect_stderr(io.StringIO()):
+            for _ in range(2):
+                model = self.gpt2.GPT.from_pretrained("gpt2", data_dir=self.dir / "d")
+        self.assertEqual(len(server.asked), 1)
+        self.close(model(idx, idx)[0], slow_gpt(tensors, idx, 1), 5e-5)
+        for name, url in self.gpt2.OFFICIAL.items():
+            self.assertRegex(url, rf"^https://huggingface\.co/.*\b{name}/.*/model\.safetensors$")
+
+    def test_official_evaluated(self):
+        """--eval_only --init gpt2: loss, perplexity and bits per byte as a slow loop has them."""
+        bpe, tensors = self.bpe(), hf_tensors(C=64, L=1, V=50257, T=32)
+        server = Server(self, dict(body=write_safetensors(self.dir / "x", tensors).read_bytes()))
+        with mock.patch.dict(self.gpt2.OFFICIAL, gpt2=server.url), folder(self.dir):
+            status, out, err = run("gpt2", "--eval_only", "--init", "gpt2", "--data", self.text)
+        self.assertEqual(status, 0, err)
+        ids = bpe.encode(TEXT).astype(np.int64)
+        part = torch.from_numpy(ids[int(0.9 * len(ids)):])
+        nll = [x for i in range(0, len(part) - 1, 32) for x in slow_nll(
+            slow_gpt(tensors, part[None, i:i + 33][:, :-1], 1), part[None, i:i + 33][:, 1:])]
+        loss, size = torch.stack(nll).mean().item(), sum(len(bpe.decode(t)) for t in part[1:].tolist())
+        found = [float(x) for x in re.search(r"loss ([\d.]+).*perplexity ([\d.]+).*?([\d.]+) bits", out.splitlines()[-1]).groups()]
+        for got, want in zip(found, (loss, math.exp(loss), loss * len(nll) / size / math.log(2))):
+            self.assertAlmostEqual(got / want, 1, delta=1e-4)
+
+    def test_shakespeare(self):
+        body = TEXT.encode()
+        server = Server(self, dict(body=body))
+        flags = [*self.tiny, "--data", "shakespeare", "--data_dir", self.dir / "d", "--steps", 2]
+        with mock.patch.multiple(self.gpt2, SHAKESPEARE=server.url, SHAKESPEARE_SHA256="0" * 64):
+            status, _, err = run("gpt2", *flags, "--out", self.dir / "o")
+        self.assertEqual(status, 2)
+        self.assertIn("SHA-256", err.splitlines()[-1])
+        self.assertFalse((self.dir / "o").exists())
+        with mock.patch.multiple(self.gpt2, SHAKESPEARE=server.url, SHAKESPEARE_SHA256=hashlib.sha256(body).hexdigest()):
+            self.assertIn(f"{int(0.9 * len(body)):,} tokens", self.train("o", *flags).text)
+
+    # optimisers
+
+    def gradients(self, shapes, steps, dtype=torch.float64):
+        g = torch.Generator().manual_seed(3)
+        return [[torch.randn(s, generator=g, dtype=dtype) for s in shapes] for _ in range(1 + steps)]
+
+    def drive(self, optimizer, params, grads, before=None):
+        for n, step in enumerate(grads):
+            for p, g in zip(params, step):
+                p.grad = g.clone()
+            if before:
+                before(n)
+            optimizer.step()
+
+    def test_lion(self):
+        start, *grads = self.gradients([(4, 3), (5,)], 6)
+        params, (lr, b1, b2, decay) = [torch.nn.Parameter(p.clone()) for p in start], (0.01, 0.8, 0.95, 0.1)
+        self.drive(self.gpt2.Lion(params, lr=lr, betas=(b1, b2), weight_decay=decay), params, grads)
+        for n, p in enumerate(start):  # Chen et al. 2023, algorithm 2
+            m = torch.zeros_like(p)
+            for step in grads:
+                c = b1 * m + (1 - b1) * step[n]
+                p = p - lr * (c.sign() + decay * p)
+                m = b2 * m + (1 - b2) * step[n]
+            self.close(params[n], p, 1e-12)
+
+    def test_sophia(self):
+        start, *grads = self.gradients([(40, 3), (50,)], 6)
+        _, *hats = self.gradients([(40, 3), (50,)], 12)
+        params, tokens, clipped = [torch.nn.Parameter(p.clone()) for p in start], 32, 0
+        lr, b1, b2, rho, decay = 0.01, 0.9, 0.8, 0.05, 0.1
+        optimizer = self.gpt2.SophiaG(params, lr=lr, betas=(b1, b2), rho=rho, weight_decay=decay)
+
+        def estimate(n):  # at every third step
+            if n % 3 == 0:
+                kept = [p.grad for p in params]
+                for p, g in zip(params, hats[6 + n]):
+                    p.grad = g.clone()
+                optimizer.update_hessian(tokens)
+                for p, g in zip(params, kept):
+                    p.grad = g
+
+        self.drive(optimizer, params, grads, estimate)
+        for n, p in enumerate(start):  # Liu et al. 2023, algorithm 3, with algorithm 2's estimate
+            m, h = torch.zeros_like(p), torch.zeros_like(p)
+            for t, step in enumerate(grads):
+                if t % 3 == 0:
+                    h = b2 * h + (1 - b2) * tokens * hats[6 + t][n] ** 2
+                m = b1 * m + (1 - b1) * step[n]
+                p = p - lr * decay * p
+                ratio = m / torch.maximum(rho * h, torch.tensor(1e-15).double())
+                clipped += (ratio.abs() > 1).double().mean().item() / 12
+                p = p - lr * ratio.clamp(-1, 1)
+            self.close(params[n], p, 1e-12)
+        self.assertTrue(0.05 < clipped < 0.95, clipped)  # both sides of the clip were seen
+
+    def orthogonal(self, g):
+        """Newton-Schulz through the singular values: the polynomial works on each alone."""
+        u, s, v = torch.linalg.svd(g.double(), full_matrices=False)
+        s = s / s.square().sum().sqrt()
+        for _ in range(5):
+            s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+        return u @ torch.diag(s) @ v
+
+    def test_newton_schulz(self):
+        for shape in ((24, 24), (40, 16), (16, 40)):
+            u, _, v = torch.linalg.svd(torch.randn(shape).double(), full_matrices=False)
+            g = (u @ torch.diag(torch.linspace(0.05, 1, len(v)).double()) @ v).float()
+            o = self.gpt2.newton_schulz(torch.stack((g, 1000 * g)))
+            for each in o:  # whatever the scale
+                self.close(each, self.orthogonal(g), 1e-4)
+            inside = u.mT @ o[0].double() @ v.mT  # diagonal: the singular vectors are g's own
+            self.assertTrue(((inside.diagonal() > 0.65) & (inside.diagonal() < 1.25)).all())
+            self.assertLess((inside - torch.diag(inside.diagonal())).abs().max().item(), 1e-4)
+
+    def test_muon(self):
+        shapes = [(24, 8), (24, 8), (8, 8), (8, 32), (32, 8)]
+        start, *grads = self.gradients(shapes, 5)
+        params = [torch.nn.Parameter(p.clone()) for p in start]
+        lr, mu, decay = 0.02, 0.9, 0.1
+        groups = [dict(params=params[:1], split=[8, 8, 8]), dict(params=params[1:2], split=[8, 4, 12]), dict(params=params[2:])]
+        self.drive(self.gpt2.Muon(groups, lr=lr, momentum=mu, weight_decay=decay), params, grads)
+        for n, p in enumerate(start):  # Jordan 2024: M <- mu M + G, O = NS(G + mu M) by Nesterov, each of q, k, v alone
+            parts = {0: [8, 8, 8], 1: [8, 4, 12]}.get(n, [len(p)])
+            M = torch.zeros_like(p)
+            for step in grads:
+                M = mu * M + step[n]
+                p = (1 - lr * decay) * p
+                moves = [max(1, len(g) / g.size(1)) ** 0.5 * self.orthogonal(g) for g in (step[n] + mu * M).split(parts)]
+                p = p - lr * torch.cat(moves)
+            self.close(params[n] - start[n], p - start[n], 1e-4, f"matrix {n}")
+
+    def test_adam_and_adamw(self):
+        """The optimizers that a run has, after 5 steps: L2 in the gradient, or decay of the weights; matrices alone."""
+        lr, b1, b2, eps, decay = 0.01, 0.9, 0.95, 1e-8, 0.3
+        ends = {}
+        for kind in ("adam", "adamw"):
+            model = self.model()
+            start = [p.detach().double() for p in model.parameters()]
+            _, *grads = self.gradients([p.shape for p in start], 5, torch.float32)
+            [optimizer] = self.gpt2.make_optimizers(model, self.gpt2.Config(optimizer=kind, lr=lr, beta2=b2, weight_decay=decay))
+            self.drive(optimizer, list(model.parameters()), grads)
+            for n, (p, (name, got)) in enumerate(zip(start, model.named_parameters())):
+                wd = decay if got.dim() == 2 else 0.0
+                m, v = torch.zeros_like(p), torch.zeros_like(p)
+                for t, step in enumerate(grads, 1):
+                    g = step[n].double() + (wd * p if kind == "adam" else 0)
+                    m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
+                    change = lr * (m / (1 - b1**t)) / ((v / (1 - b2**t)).sqrt() + eps)
+                    p = p - change - (lr * wd * p if kind == "adamw" else 0)
+                self.assertLess((got - p).abs().max().item(), 2e-6, f"{kind} {name}")
+            ends[kind] = model.transformer.h[0].attn.c_attn.weight
+        self.assertGreater((ends["adam"] - ends["adamw"]).abs().max().item(), 1e-3)
+
+    def test_groups(self):
+        """Every parameter once, whatever the optimiser; decay on matrices only; Muon has the hidden matrices only."""
+        for kind, kv in itertools.product(self.gpt2.LEARNING_RATES, (None, 1)):
+            with self.subTest(kind=kind, kv=kv):
+                model = self.model(n_kv_head=kv)
+                optimizers = self.gpt2.make_optimizers(model, self.gpt2.Config(optimizer=kind, weight_decay=0.1, adam_lr=0.5, lr=0.25))
+                groups = [(type(o).__name__, group) for o in optimizers for group in o.param_groups]
+                ids = [id(p) for _, group in groups for p in group["params"]]
+                self.assertEqual(sorted(ids), sorted(id(p) for p in model.parameters()))
+                names = {id(p): name for name, p in model.named_parameters()}
+                for owner, group in groups:
+                    for p in group["params"]:
+                        self.assertEqual(group["weight_decay"], 0.1 if p.dim() == 2 else 0.0, names[id(p)])
+                        hidden = p.dim() == 2 and ".h." in names[id(p)]
+                        self.assertEqual(owner == "Muon", kind == "muon" and hidden, names[id(p)])
+                        self.assertEqual(group["lr"], 0.5 if kind == "muon" and not hidden else 0.25)
+                        if owner == "Muon":
+                            self.assertEqual(group["split"], [32, 8 * (kv or 4), 8 * (kv or 4)] if "c_attn" in names[id(p)] else None)
+        self.assertEqual(set(self.gpt2.LEARNING_RATES), {"adamw", "adam", "lion", "sophia", "muon"})
+
+    def test_sophia_in_a_run(self):
+        """h is there before the first step and again each tenth, its batch counts tokens, and its labels are the model's own:
+        a model that is sure of token 7, which the text never has, finds its own samples no surprise."""
+        steps, tokens, sizes = [], [], []
+        step, update = self.gpt2.SophiaG.step, self.gpt2.SophiaG.update_hessian
+
+        def watched_step(optimizer, *args):
+            steps.append(all("hessian" in optimizer.state[p] for group in optimizer.param_groups for p in group["params"]))
+            sizes.append(sum(optimizer.state[p]["hessian"].sum().item() for g in optimizer.param_groups for p in g["params"]))
+            return step(optimizer, *args)
+
+        def watched_update(optimizer, n):
+            tokens.append((len(steps), int(n)))
+            return update(optimizer, n)
+
+        model = self.gpt2.GPT(self.gpt2.GPTConfig(block_size=16, vocab_size=256, n_layer=2, n_head=1, n_embd=32))
+        with torch.no_grad():
+            model.transformer.ln_f.weight.zero_()
+            model.transformer.ln_f.bias.fill_(1.0)
+            model.transformer.wte.weight[7] = 3.0
+        model.save_pretrained(self.dir / "sure")
+        with mock.patch.multiple(self.gpt2.SophiaG, step=watched_step, update_hessian=watched_update):
+            self.train("a", "--optimizer", "sophia", "--steps", 12)
+            self.assertEqual((steps, tokens), ([True] * 12, [(0, 64), (10, 64)]))
+            usual, steps[:], sizes[:] = sizes[0], [], []
+            # step 0 only: what one step does to the model is not asked here
+            self.train("b", *self.tiny[:2], "--optimizer", "sophia", "--init", self.dir / "sure", "--block_size", 16, "--steps", 1,
+                       "--n_layer", 2, "--batch_size", 4, "--eval_tokens", 256, "--sample_tokens", 4, tiny=False)
+        self.assertGreater(usual, 0)
+        self.assertLess(sizes[0], 1e-6 * usual)
+
+    def test_learning_rate(self):
+        rate = functools.partial(self.gpt2.learning_rate, peak=0.3, warmup=10, steps=110, floor=0.1)
+        self.assertAlmostEqual(rate(0), 0.3 / 11)  # the first step moves already
+        self.assertAlmostEqual(rate(9), 0.3 * 10 / 11)
+        self.assertAlmostEqual(rate(10), 0.3)
+        self.assertAlmostEqual(rate(60), 0.3 * (1 + 0.1) / 2)  # half-way down
+        self.assertAlmostEqual(rate(35), 0.3 * (0.1 + 0.9 * (2 + 2**0.5) / 4))  # an eighth of the circle
+        self.assertAlmostEqual(rate(110), 0.03)
+        self.assertAlmostEqual(rate(500), 0.03)
+        self.assertEqual(max(range(111), key=rate), 10)
+        self.assertEqual(self.gpt2.learning_rate(0, 1.0, 0, 100), 1.0)
+        self.assertAlmostEqual(self.gpt2.learning_rate(99, 1.0, 0, 100), (1 + math.cos(math.pi * 0.99)) / 2)
+        a = self.train("a", "--lr", 0.01, "--warmup", 4, "--steps", 12, "--log_every", 1)
+        for row in (row for row in a.rows if "loss" in row):  # a row's step counts the updates done
+            n = row["step"] - 1
+            self.assertAlmostEqual(row["lr"], 0.01 * min((n + 1) / 5, (1 + math.cos(math.pi * max(0, n - 4) / 8)) / 2))
+
+    # data
+
+    def test_windows(self):
+        """A batch is a function of its seed; no window crosses arrays; y is x, one further."""
+        arrays = [np.arange(100, 140), np.arange(3), np.arange(300, 317), np.arange(500, 516)]
+        data = self.gpt2.Tokens(arrays, 16, 1000)
+        a, b, c = (data.batch(seed, 500) for seed in ((1, 2, 3), (1, 2, 3), (1, 2, 4)))
+        self.same(a, b)
+        self.assertFalse(torch.equal(a[0], c[0]))
+        self.assertEqual((a[0].dtype, a[0].shape, a[1].shape), (torch.int64, (500, 16), (500, 16)))
+        self.assertTrue((a[0][:, 1:] == a[0][:, :-1] + 1).all() and (a[1] == a[0] + 1).all())  # within one array, then
+        starts = collections.Counter(a[0][:, 0].tolist())
+        self.assertEqual(set(starts), {*range(100, 124), 300})  # all places there are, 500 among 25
+        self.assertLess(max(starts.values()), 50)
+
+    def test_tiles(self):
+        """Side by side: each token but an array's first is a target once; a limit spreads windows over all."""
+        arrays = [np.arange(100, 140), np.arange(1), np.arange(300, 302), np.arange(400, 433), np.arange(0)]
+        data = self.gpt2.Tokens(arrays, 16, 1000)
+        for size in (1, 2, 100):
+            seen = []
+            for x, y in data.batches(size):
+                real = y != -100
+                self.assertTrue((y[real] == x[real] + 1).all())
+                seen += y[real].tolist()
+            self.assertEqual(sorted(seen), [*range(101, 140), 301, *range(401, 433)])
+        many = self.gpt2.Tokens([np.arange(10001)], 10, 10001)
+        first = torch.cat([x[:, 0] for x, _ in many.batches(7, 50)])
+        self.assertEqual(len(first), 50)
+        self.assertEqual(first.diff().unique().tolist(), [200])
+        self.assertEqual(sum(len(x) for x, _ in many.batches(7, 5000)), 1000)
+
+    def load(self, path, tokenizer="bytes", T=16):
+        return self.gpt2.load_data(str(path), str(self.dir), self.gpt2.make_tokenizer(tokenizer), T)
+
+    def tokens(self, data):
+        return np.concatenate([np.asarray(a) for a in data.arrays]).astype(np.int64)
+
+    def test_text(self):
+        raw = np.frombuffer(TEXT.encode(), np.uint8)
+        parts = [self.tokens(part) for part in self.load(self.text)]
+        self.assertEqual([len(p) for p in parts], [len(raw) * 9 // 10, len(raw) - len(raw) * 9 // 10])
+        self.assertTrue(np.array_equal(np.concatenate(parts), raw))
+
+    def test_folder(self):
+        """A folder's texts in the order of their names, a stop token between two."""
+        for name, text in {"b.txt": "two " * 30, "a.txt": "ones" * 30, "c/d.md": "drei" * 30, ".hidden": "x" * 99,
+                           ".git/object": "y" * 99}.items():
+            (self.dir / "f" / name).parent.mkdir(parents=True, exist_ok=True)
+            (self.dir / "f" / name).write_text(text)
+        joined = np.concatenate([self.tokens(part) for part in self.load(self.dir / "f")])
+        self.assertEqual(bytes(joined.tolist()), b"ones" * 30 + b"\0" + b"two " * 30 + b"\0" + b"drei" * 30)
+
+    def test_shards(self):
+        """Token shards stay on disk, the split included, and hold what was written."""
+        ids = np.random.default_rng(0).integers(256, size=1000).astype(np.uint16)
+        (self.dir / "f").mkdir()
+        ids[:700].tofile(self.dir / "f/a.bin")
+        ids[700:].tofile(self.dir / "f/b.bin")
+        ids.tofile(self.dir / "one.bin")
+        for path in (self.dir / "f", self.dir / "one.bin"):
+            train, val = self.load(path)
+            self.assertTrue(all(isinstance(a, np.memmap) for a in train.arrays + val.arrays))
+            self.assertTrue(np.array_equal(self.tokens(train), ids[:900]) and np.array_equal(self.tokens(val), ids[900:]))
+        x, y = train.batch((0,), 8)
+        for row, target in zip(x.tolist(), y.tolist()):
+            self.assertIn(np.array(row + target[-1:], np.uint16).tobytes(), ids.tobytes())
+
+    def test_tokenizers(self):
+        text = "naïve 東京 🙂\n\tdef f(x): return x  # <|endoftext|>"
+        for name, size, stop in (("bytes", 256, 0), ("gpt2", 50257, 50256)):
+            with self.subTest(name):
+                t = self.bpe() if name == "gpt2" else self.gpt2.make_tokenizer(name)
+                ids = t.encode(text)
+                self.assertEqual((t.vocab_size, t.stop, ids.dtype), (size, stop, np.uint16))
+                self.assertEqual(b"".join(t.decode(i) for i in ids.tolist()).decode(), text)
+                self.assertNotIn(stop, ids.tolist())  # a text can't end itself
+        self.assertEqual(self.bpe().encode("Hello world").tolist(), [15496, 995])  # as OpenAI's encoder has it
+
+    def test_instructions(self):
+        """The loss is on the answer and its stop token, nothing else; both kinds of row; padding and prompt masked."""
+        rows = [dict(instruction="Add.", input="1 2", output="3"), dict(prompt="Hi", response="Ho é"),
+                dict(instruction="Go", output="gone"), dict(instruction="Sep", input="", output="a\u2028b")] * 5
+        path, T = self.dir / "rows.jsonl", 80
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        train, val = self.load(path, T=T)
+        x, y = (torch.cat(parts) for parts in zip(*(
+            [F.pad(t, (0, T - t.size(1)), value=v) for t, v in zip(batch, (0, -100))] for part in (train, val)
+            for batch in part.batches(3))))
+        heads = [b"### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n", b"### Instruction:\nHi\n\n### Response:\n",
+                 b"### Instruction:\nGo\n\n### Response:\n", b"### Instruction:\nSep\n\n### Response:\n"] * 5
+        answers = ["3", "Ho é", "gone", "a\u2028b"] * 5
+        self.assertEqual((len(train.arrays), len(val.arrays), len(x)), (18, 2, 20))
+        for row, target, head, answer in zip(x.tolist(), y.tolist(), heads, answers):
+            answer = answer.encode() + b"\0"
+            self.assertEqual(bytes(row[:len(head) + len(answer) - 1]), head + answer[:-1])
+            self.assertEqual(target, [-100] * (len(head) - 1) + [*answer] + [-100] * (T - len(head) - len(answer) + 1))
+        self.same(train.batch((1,), 5), train.batch((1,), 5))
+        drawn = {bytes(t for t in row if t >= 0) for row in train.batch((0,), 200)[1].tolist()}
+        self.assertEqual(drawn, {a.encode() + b"\0" for a in answers[:18]})
+
+    def test_evaluate(self):
+        """Loss, perplexity and bits per byte against sums over single tokens in fp64, ragged ends included."""
+        model = self.model(dropout=0.5)
+        arrays = [np.random.default_rng(n).integers(50, size=n) for n in (40, 17, 2, 33)]
+        tokenizer = SimpleNamespace(vocab_size=50, stop=0, decode=lambda i: b"x" * (1 + i % 3))
+        data = self.gpt2.Tokens(arrays, 16, 50)
+        for limit in (None, 3):
+            nll, size, windows = [], 0, [a[i:i + 17] for a in arrays for i in range(0, len(a) - 1, 16)]
+            for window in windows if limit is None else [windows[i * len(windows) // 3] for i in range(3)]:
+                ids = torch.from_numpy(window)[None]
+                nll += slow_nll(slow_gpt(conv1d(model.state_dict()), ids[:, :-1], 4), ids[:, 1:])
+                size += sum(1 + i % 3 for i in window[1:].tolist())
+            loss = torch.stack(nll).mean().item()
+            got = self.gpt2.evaluate(model, data, tokenizer, contextlib.nullcontext(), 3, limit)
+            self.assertAlmostEqual(got["val_loss"], loss, delta=1e-5)
+            self.assertAlmostEqual(got["perplexity"] / math.exp(loss), 1, delta=1e-5)
+            self.assertAlmostEqual(got["bits_per_byte"], loss * len(nll) / size / math.log(2), delta=1e-5)
+        self.assertTrue(model.training)
+
+    # training
+
+    def test_resume(self):
+        """20 steps are 10, stop, resume, 10 more: bit for bit, with dropout, from the flags of the checkpoint."""
+        for kind in ("muon", "adamw"):
+            with self.subTest(kind):
+                flags = ["--dropout", 0.1, "--optimizer", kind]
+                a = self.train(f"a{kind}", *flags)
+                b = self.train(f"b{kind}", *flags, "--stop_at", 10)
+                self.assertEqual((b.ckpt["step"], b.rows[-1]["step"]), (10, 10))
+                self.assertFalse(torch.equal(*(r.ckpt["model"]["lm_head.weight"] for r in (a, b))))
+                b = self.train(f"b{kind}", "--resume", tiny=False)
+                self.same_run(a, b)
+                self.assertEqual(sum("final" in row for row in b.rows), 1)
+                again = self.train(f"b{kind}", "--resume", tiny=False)  # nothing is left to do
+                self.same_run(a, again)
+                free = ("out", "resume", "n_kv_head")  # None or n_head: the same
+                self.assertEqual(*({k: v for k, v in r.ckpt["config"].items() if k not in free} for r in (a, b)))
+
+    def test_resume_with_flags(self):
+        """A flag given with --resume counts: here the rate, which the optimizer's saved state has too."""
+        for kind in ("adamw", "muon"):
+            self.train(kind, "--optimizer", kind, "--stop_at", 10)
+            b = self.train(kind, "--resume", "--lr", 0.0007, "--weight_decay", 0.03, "--warmup", 0, "--log_every", 1, tiny=False)
+            [row] = [row for row in b.rows if row["step"] == 11 and "loss" in row]
+            self.assertAlmostEqual(row["lr"], 0.0007 / 2)  # step 10 of 20: half-way
+            self.assertEqual(b.ckpt["optimizer"][0]["param_groups"][0]["weight_decay"], 0.03)
+
+    def test_evaluation_changes_nothing(self):
+        runs = [self.train(f"e{every}", "--dropout", 0.1, "--eval_every", every, "--log_every", log)
+                for every, log in ((3, 2), (20, 5), (7, 20))]
+        for other in runs[1:]:
+            self.same(runs[0].ckpt["model"], other.ckpt["model"])
+            self.same(runs[0].ckpt["optimizer"], other.ckpt["optimizer"])
+        self.assertNotEqual(self.train("s", "--seed", 7).losses, self.train("t").losses)
+
+    def test_dropout_seeds(self):
+        """Each step has masks of its own, drawn from seed and step: on one batch, with weights as good as frozen, losses differ
+        from step to step, and are the same in a second run."""
+        batch, losses = self.gpt2.Tokens.batch, []
+        with mock.patch.object(self.gpt2.Tokens, "batch", lambda data, seed, size: batch(data, (0,), size)):
+            for dropout, seed in ((0.0, 1), (0.5, 1), (0.5, 1), (0.5, 2)):
+                losses.append(self.train("a", "--init", self.base(), "--dropout", dropout, "--seed", seed, "--lr", 1e-12, "--adam_lr",
+                                         1e-12, "--steps", 4, "--log_every", 1).losses)
+        self.assertEqual([len(set(run.values())) for run in losses], [1, 4, 4, 4])
+        self.assertEqual(losses[1], losses[2])
+        self.assertFalse({*losses[2].values()} & {*losses[3].values()})
+
+    def test_gradient(self):
+        """One step's gradient is that of all micro-batches together, clipped: AdamW's first momentum is a tenth of it."""
+        model = self.gpt2.GPT.from_pretrained(self.base())
+        seen, batch = [], self.gpt2.Tokens.batch
+
+        def watched(data, *args):
+            seen.append(batch(data, *args))
+            return seen[-1]
+
+        for clip in (0, 0.01):
+            seen.clear()
+            flags = ["--init", self.base(), "--optimizer", "adamw", "--grad_accum", 2, "--steps", 1,
+                     "--grad_clip", clip]
+            with mock.patch.object(self.gpt2.Tokens, "batch", watched):
+                saved = self.train(f"c{clip}", *flags).ckpt
+            x, y = (torch.cat(parts) for parts in zip(*seen))
+            self.assertEqual((x.shape, len({tuple(row) for row in x.tolist()})), ((8, 16), 8))  # micro-batches differ
+            w = {k: v.double().requires_grad_() for k, v in conv1d(model.state_dict()).items()}
+            torch.stack(slow_nll(slow_gpt(w, x, 2), y)).mean().backward()
+            norm = sum(v.grad.square().sum().item() for v in w.values()) ** 0.5
+            self.assertGreater(norm, 0.01)
+            grads = conv1d({k: v.grad for k, v in w.items()})  # back in our layout
+            order = [k for p in (2, 1) for k, v in model.named_parameters() if v.dim() == p]
+            [state] = saved["optimizer"]
+            for n, name in enumerate(order):
+                self.close(state["state"][n]["exp_avg"], 0.1 * grads[name] * (min(1, clip / norm) if clip else 1), 1e-4, name)
+
+    def test_overfits(self):
+        """60 bytes are learned by heart, and greedy sampling says them."""
+        line = b"Franz jagt im komplett verwahrlosten Taxi quer durch Bayern."
+        self.text.write_bytes(line * 40)
+        a = self.train("a", "--steps", 120, "--eval_every", 120, "--block_size", 64, "--optimizer", "adamw", "--lr", 0.01)
+        self.assertLess(a.rows[-1]["val_loss"], 0.1)
+        self.assertLess(a.losses[120], 0.1)
+        status, out, err = run("gpt2", "--sample_only", "--out", a.out, "--prompt", "Franz jagt im", "--temperature", 0,
+                               "--sample_tokens", 47)
+        self.assertEqual((status, out, err), (0, line.decode() + "\n", ""))
+
+    def test_early_stopping(self):
+        """A text whose end is unlike its start: validation gets worse, patience ends the run, best.pt keeps the best."""
+        self.text.write_text("abcdefgh" * 900 + "hgfedcba" * 100)
+        flags = ["--steps", 500, "--eval_every", 5, "--patience", 3, "--lr", 0.02]
+        a = self.train("a", *flags)
+        best = min(a.val, key=a.val.get)
+        self.assertEqual(max(a.val), best + 15)
+        self.assertLess(a.rows[-1]["step"], 500)
+        self.assertEqual(a.rows[-1]["best_val_loss"], a.val[best])
+        self.assertEqual(torch.load(a.out / "best.pt", weights_only=True)["step"], best)
+        self.assertEqual(a.ckpt["step"], max(a.val))
+        self.train("b", *flags, "--stop_at", best + 5)  # patience goes on where it was
+        b = self.train("b", "--resume", tiny=False)
+        self.same_run(a, b)
+        self.assertEqual(torch.load(b.out / "best.pt", weights_only=True)["step"], best)
+
+    def test_not_finite(self):
+        """The run stops with status 1, names the step, keeps the last good checkpoint, and gives Ctrl-C back."""
+        handler = signal.getsignal(signal.SIGINT)
+        for every in (100, 1):  # with an evaluation between, too
+            with self.subTest(eval_every=every):
+                out = self.dir / str(every)
+                status, text, err = run("gpt2", *self.tiny, "--out", out, "--optimizer", "adamw", "--lr", 1e18, "--warmup", 0,
+                                        "--log_every", 1, "--eval_every", every)
+                self.assertEqual(status, 1, err)
+                self.assertRegex(err, r"\Agpt2\.py: [^\n]*(nan|inf)[^\n]* step 1\b[^\n]*\n\Z")
+                saved = torch.load(out / "ckpt.pt", weights_only=True)
+                self.assertEqual(saved["step"], 0)
+                self.assertLess(max(p.abs().max().item() for p in saved["model"].values()), 10)
+        self.assertIs(signal.getsignal(signal.SIGINT), handler)
+
+    def test_ctrl_c(self):
+        """Between two steps: a checkpoint, how to go on, status 130; and the run goes on bit for bit."""
+        a, batch, calls = self.train("a", "--dropout", 0.1), self.gpt2.Tokens.batch, []
+
+        def interrupted(data, *args):
+            calls.append(1)
+            if len(calls) == 7:
+                signal.raise_signal(signal.SIGINT)
+            return batch(data, *args)
+
+        handler = signal.getsignal(signal.SIGINT)
+        with mock.patch.object(self.gpt2.Tokens, "batch", interrupted):
+            b = self.train("b", "--dropout", 0.1, status=130)
+        self.assertIs(signal.getsignal(signal.SIGINT), handler)
+        self.assertEqual((b.ckpt["step"], len(calls)), (7, 7))
+        command = re.search(r"python gpt2\.py (.*--resume.*)", b.text)[1]
+        self.assertEqual(run("gpt2", *shlex.split(command))[0], 0)
+        b = self.look(b.out)
+        for key in ("model", "optimizer", "best"):
+            self.same(a.ckpt[key], b.ckpt[key], key)
+        self.assertEqual(a.val, b.val)
+
+    @unittest.skipUnless(hasattr(os, "fork"), "needs fork")
+    def test_kill(self):
+        """kill -9 at some moment after step 5 and 10, in the middle of a checkpoint's write, just before its rename: each run
+        goes on bit for bit."""
+        flags = [str(f) for f in (*self.tiny, "--dropout", 0.1)]
+        code = f"""if True:
+            import os, random, signal, time, torch, torch._dynamo  # which optimizers import, once for all here
+            import gpt2
+            def dies_at(number, counts, do, first):
+                seen = []
+                def wrapped(*args, **kwargs):
+                    seen.extend([1] * counts(*args))
+                    if len(seen) == number:
+                        first(*args)
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    return do(*args, **kwargs)
+                return wrapped
+            def half(content, file, *_):
+                file.write(b"half a checkpoint")
+                file.flush()
+            batch, save, replace = gpt2.Tokens.batch, torch.save, os.replace
+            for trial, when in enumerate((5, 10, "save", "rename")):
+                out = f"{self.dir}/k{{trial}}"
+                pid = os.fork()
+                if not pid:
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+                    gpt2.Tokens.batch = lambda *args: (time.sleep(0.02), batch(*args))[1]  # time enough to be killed
+                    if when == "save":
+                        torch.save = dies_at(2, lambda content, file: "ckpt" in file.name, save, half)
+                    if when == "rename":
+                        os.replace = dies_at(2, lambda old, new: str(new).endswith("ckpt.pt"), replace, lambda *_: None)
+                    os._exit(gpt2.main({flags!r} + ["--out", out]))
+                while isinstance(when, int):
+                    time.sleep(0.001)
+                    if os.path.exists(f"{{out}}/log.jsonl") and f'"step": {{when}},' in open(f"{{out}}/log.jsonl").read():
+                        time.sleep(random.random() * 0.05)
+                        os.kill(pid, signal.SIGKILL)
+                        break
+                print(os.WTERMSIG(os.waitpid(pid, 0)[1]))"""
+        done = child("-c", code)
+        self.assertEqual((done.stdout, done.stderr), ("9\n" * 4, ""))
+        a = self.train("a", *flags)
+        for trial in range(4):
+            with self.subTest(trial=trial):
+                left = self.dir / f"k{trial}"
+                step = torch.load(left / "ckpt.pt", weights_only=True)["step"]
+                self.assertEqual(step, {0: 0, 2: 0, 3: 0}.get(trial, step))
+                self.same_run(a, self.train(f"k{trial}", "--resume", tiny=False))
+                self.assertEqual({p.name for p in left.iterdir()}, {p.name for p in a.out.iterdir()})
+
+    def test_full_disk(self):
+        """A write that the system refuses (here: a limit on a file's size) keeps the old checkpoint; status 1, one line."""
+        try:
+            import resource
+        except ImportError:
+            self.skipTest("no limits on this system")
+        self.train("a", "--stop_at", 10)
+        b = self.train("b", "--stop_at", 10)
+        before, size = (b.out / "ckpt.pt").read_bytes(), (b.out / "ckpt.pt").stat().st_size
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, hard))
+        try:
+            status, _, err = run("gpt2", "--resume", "--out", b.out)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        self.assertEqual(status, 1)
+        self.assertRegex(err, r"\Agpt2\.py: [^\n]+\n\Z")
+        self.assertEqual((b.out / "ckpt.pt").read_bytes(), before)
+        self.assertFalse([p for p in b.out.iterdir() if "tmp" in p.name])
+        with mock.patch.object(torch, "save", side_effect=OSError(errno.ENOSPC, "No space left on device")):
+            status, _, err = run("gpt2", "--resume", "--out", b.out)
+        self.assertEqual(status, 1)
+        self.assertIn("No space left", err)
+        self.assertEqual((b.out / "ckpt.pt").read_bytes(), before)
+        self.same_run(self.train("a", "--resume", tiny=False), self.train("b", "--resume", tiny=False))
+
+    def test_torchrun(self):
+        """Two processes update as one does with twice the accumulation; the checkpoint's names are plain."""
+        flags = [*self.tiny, "--steps", 6, "--grad_accum", 2]
+        done = child("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", HERE / "gpt2.py", *flags, "--out",
+                     self.dir / "two", cwd=self.dir)
+        self.assertEqual(done.returncode, 0, done.stderr[-2000:])
+        one, two = self.train("one", *flags, "--grad_accum", 4), self.look(self.dir / "two")
+        self.assertEqual(list(one.ckpt["model"]), list(two.ckpt["model"]))
+        for name, p in one.ckpt["model"].items():
+            self.assertLess((p - two.ckpt["model"][name]).abs().max().item(), 1e-5, name)
+        for step, loss in one.losses.items():
+            self.assertAlmostEqual(loss, two.losses[step], delta=1e-5)
+        self.assertEqual(done.stdout.count("step 6/6 | loss"), 1)  # one process speaks
+
+    def test_init_from_checkpoint(self):
+        """--init best.pt starts from those weights with a new optimiser, step 0 and its own flags."""
+        for flags in ([], ["--n_kv_head", 1], ["--pos", "learned"]):
+            with self.subTest(flags):
+                a = self.train("a", *flags)
+                b = self.train("b", "--init", a.out / "best.pt", "--steps", 2, "--lr", 1e-9, "--adam_lr", 1e-9)
+                self.assertEqual(b.val[0], min(a.val.values()))
+                self.assertEqual((b.ckpt["step"], b.ckpt["config"]["steps"]), (2, 2))
+                status, out, err = run("gpt2", "--sample_only", "--init", a.out / "best.pt", "--prompt", "the", "--seed", 3)
+                self.assertEqual((status, err), (0, ""))
+                self.assertTrue(out.startswith("the"))
+                self.assertEqual(out, run("gpt2", "--sample_only", "--out", a.out, "--prompt", "the", "--seed", 3)[1])
+
+    def test_eval_only(self):
+        """A checkpoint's figures on a text are those of the run that made it, and nothing is written."""
+        a = self.train("a", "--eval_tokens", 0)
+        before = snapshot(self.dir)
+        status, out, err = run("gpt2", "--eval_only", "--out", a.out)
+        self.assertEqual((status, err, snapshot(self.dir)), (0, "", before))
+        self.assertIn(f"{min(a.val.values()):.4f}", out.splitlines()[-1])
+
+    def test_eval_tokens(self):
+        """Fewer than a window's worth is a window, not all of them: 0 says all."""
+        sizes, batches = [], self.gpt2.Tokens.batches
+
+        def watched(data, *args):
+            for x, y in batches(data, *args):
+                sizes[-1] += (y >= 0).sum().item()
+                yield x, y
+
+        with mock.patch.object(self.gpt2.Tokens, "batches", watched):
+            for limit in (1, 64, 0):
+                sizes.append(0)
+                self.train("a", "--eval_tokens", limit, "--steps", 1, "--eval_every", 2, "--stop_at", 1)
+        raw = len(TEXT.encode())
+        self.assertEqual(sizes, [2 * 16, 2 * 64, 2 * (raw - raw * 9 // 10 - 1)])
+
+    def test_low_precision(self):
+        """bf16, and fp16 with its scaler, learn as fp32 does; the checkpoint is fp32; they resume bit for bit."""
+        a = self.train("a")
+        for dtype in ("bfloat16", "float16"):
+            with self.subTest(dtype):
+                b = self.train(dtype, "--dtype", dtype)
+                self.assertNotEqual(b.losses, a.losses)
+                self.assertAlmostEqual(b.rows[-1]["val_loss"], a.rows[-1]["val_loss"], delta=0.05)
+                self.assertEqual({p.dtype for p in b.ckpt["model"].values()}, {torch.float32})
+                c = self.train("c", "--dtype", dtype, "--stop_at", 10)
+                self.same_run(b, self.train("c", "--resume", tiny=False))
+                if dtype == "float16":  # the scale goes on too
+                    self.assertEqual(c.ckpt["scaler"]["scale"], b.ckpt["scaler"]["scale"])
+                    torch.save(c.ckpt | dict(scaler=c.ckpt["scaler"] | dict(scale=64.0)), c.out / "ckpt.pt")
+                    self.assertEqual(self.train("c", "--resume", tiny=False).ckpt["scaler"]["scale"], 64.0)
+                status, _, err = run("gpt2", "--sample_only", "--out", b.out)
+                self.assertEqual((status, err), (0, ""))
+
+    def test_instruction_tuning(self):
+        """Three answers learned by heart, stop token included; --sample_only puts the template around the prompt."""
+        answers = {"Capital of France?": "Paris.", "Zwei plus zwei?": "Vier, natürlich.", "Colour of snow?": "White"}
+        for at in ("rows.jsonl", "folder/rows.jsonl"):
+            path = self.dir / at
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("".join(json.dumps(dict(instruction=q, output=a)) + "\n" for q, a in answers.items()) * 10)
+        for data, steps in ((self.dir / "rows.jsonl", 80), (self.dir / "folder", 2)):
+            a = self.train("a", "--data", data, "--block_size", 80, "--steps", steps, "--eval_every", 40, "--lr", 0.01,
+                           "--optimizer", "adamw", "--batch_size", 12)
+            for question, answer in answers.items():
+                status, out, err = run("gpt2", "--sample_only", "--out", a.out, "--prompt", question, "--temperature", 0,
+                                       "--sample_tokens", 40)
+                self.assertEqual((status, err), (0, ""))
+                self.assertTrue(out.startswith(f"### Instruction:\n{question}\n\n### Response:\n"), out)
+                if steps == 80:
+                    self.assertEqual(out, f"### Instruction:\n{question}\n\n### Response:\n{answer}\n")
+
+    def test_curves(self):
+        """An XML file with a line for train and one for val, a point for each row, higher where the loss is."""
+        a = self.train("a")
+        lines = [e for e in xml.etree.ElementTree.parse(a.out / "curves.svg").iter() if e.tag.endswith("polyline")]
+        points = [[tuple(map(float, p.split(","))) for p in e.get("points").split()] for e in lines]
+        self.assertEqual(sorted(map(len, points)), sorted([len(a.losses), len(a.val)]))
+        for line, values in zip(points, (a.losses, a.val)):
+            self.assertEqual([x for x, _ in line], sorted(x for x, _ in line))
+            self.assertEqual([y for _, y in line], sorted(y for _, y in line))  # losses fall, and y points down
+            self.assertEqual(list(values.values()), sorted(values.values(), reverse=True))
+        text = (a.out / "curves.svg").read_text()
+        self.assertTrue("train" in text and "val" in text)
+
+    def test_wandb(self):
+        """Rows go to wandb as well; where it is not installed one line says so and nothing is written."""
+        logged, fake = [], mock.Mock()
+        fake.init.return_value.log = lambda row, step=None: logged.append((step, row))
+        with mock.patch.dict(sys.modules, wandb=fake):
+            a = self.train("a", "--wandb")
+        self.assertEqual([row | dict(step=step) for step, row in logged], a.rows)
+        with mock.patch.dict(sys.modules, wandb=None):
+            self.bad(*self.tiny, "--out", a.out, "--wandb", says="pip install wandb")
+
+    # bad input
+
+    def test_bad_flags(self):
+        for flags in ("--n_embd 30", "--n_head 3", "--n_head 2 --n_kv_head 4", "--n_kv_head 0", "--no_such_flag 1", "--stp 5",
+                      "--step 5", "stray", "--optimizer sgd", "--pos absolute", "--dtype int8", "--tokenizer words",
+                      "--device nowhere", "--lr -1", "--lr nan", "--lr inf", "--lr 0", "--lr fast", "--steps 0", "--steps 1.5",
+                      "--steps -3", "--batch_size 0", "--block_size 0", "--eval_every 0", "--log_every 0", "--dropout 1.5",
+                      "--dropout nan", "--weight_decay -0.1", "--weight_decay inf", "--grad_clip nan", "--beta2 1",
+                      "--beta2 1.5", "--temperature -1", "--temperature nan", "--temperature inf", "--top_k 0", "--top_p 0",
+                      "--top_p 1.1", "--seed -1", "--stop_at 0", "--warmup -1", "--n_layer 0", "--grad_accum 0",
+                      "--n_embd 6 --n_head 2 --pos rope", "--resume --init x.pt", "--optimizer sophia --dtype float16",
+                      "--steps", "--prompt=", "--patience -1", "--adam_lr nan", "--sample_tokens -1"):
+            self.bad(*self.tiny, *shlex.split(flags))
+        self.bad(*self.tiny, "--lr", "nan", says=("--lr", "nan"))
+        self.bad(*self.tiny, "--optimizer", "sgd", says=("sgd", "muon"))
+        self.bad(*self.tiny, "--n_embd", 30, "--n_head", 4, says=(30, 4))
+        # flags come before data
+        self.bad("--data", self.dir / "nowhere", "--lr", "nan", says="--lr")
+
+    def test_bad_data(self):
+        def file(name, content):
+            path = self.dir / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(content)
+            return path
+
+        row = json.dumps(dict(prompt="a", response="b")).encode() + b"\n"
+        (self.dir / "empty").mkdir()
+        for path, *says in (
+                (self.dir / "nowhere", "nowhere"), (self.dir / "nowhere.txt", "nowhere.txt"), (self.dir / "empty", "empty"),
+                (file("none.txt", b""), "none.txt"), (file("short.txt", b"0123456789"), "short.txt", 16),
+                (file("binary.txt", bytes(range(256)) * 9), "binary.txt"), (file("none.bin", b""), "none.bin"),
+                (file("odd.bin", b"abc" * 333), "odd.bin"), (file("short.bin", b"a\0" * 9), 16),
+                (file("large.bin", np.full(900, 999, np.uint16).tobytes()), 999, 256), (file("none.jsonl", b""), "none.jsonl"),
+                (file("one.jsonl", row), "one.jsonl"), (file("cut.jsonl", row * 2 + b'{"prompt": "a", "respo\n' + row), "line 3"),
+                (file("field.jsonl", row + b'{"prompt": "a"}\n' + row), "line 2", "response"),
+                (file("list.jsonl", row * 4 + b'["a", "b"]\n'), "line 5"), (file("number.jsonl", row + b"7\n"), "line 2"),
+                (file("kind.jsonl", row + b'{"prompt": "a", "response": 7}\n'), "line 2"),
+                (file("null.jsonl", row + b'{"instruction": null, "output": "a"}\n'), "line 2"),
+                (file("long.jsonl", row + json.dumps(dict(prompt="a" * 99, response="b")).encode()), "line 2", "--block_size"),
+                (file("latin.jsonl", row + '{"prompt": "ä", "response": "b"}\n'.encode("latin-1")), "latin.jsonl")):
+            self.bad(*self.tiny, "--block_size", 40 if path.suffix == ".jsonl" else 16, "--data", path, says=says)
+        with mock.patch("tiktoken.get_encoding", side_effect=OSError("no\nnetwork")):
+            self.bad(*self.tiny, "--tokenizer", "gpt2", says=("--tokenizer bytes", "TIKTOKEN_CACHE_DIR"))
+
+    def test_bad_checkpoints(self):
+        a = self.train("a")
+        good, saved = (a.out / "best.pt").read_bytes(), torch.load(a.out / "best.pt", weights_only=True)
+
+        def checkpoint(name, content):
+            torch.save(content, self.dir / name)
+            return self.dir / name
+
+        def without(key):
+            return {k: v for k, v in saved.items() if k != key}
+
+        foreign = [checkpoint("list.pt", [1, 2]), checkpoint("tensor.pt", torch.zeros(3)), checkpoint("object.pt", Path("x"))]
+        foreign += [checkpoint(f"no_{key}.pt", without(key)) for key in ("model", "config", "step", "model_config")]
+        foreign += [checkpoint("more.pt", saved | dict(model_config=saved["model_config"] | dict(pool="cls")))]
+        foreign += [checkpoint("shape.pt", saved | dict(model=saved["model"] | {"transformer.ln_f.weight": torch.ones(31)}))]
+        foreign += [checkpoint("names.pt", saved | dict(model={"cls_token": torch.ones(1)}))]
+        for name, content in (("cut.pt", good[:len(good) // 2]), ("noise.pt", os.urandom(5000)), ("none.pt", b""),
+                              ("pickle.pt", b"cos\nsystem\n(S'true'\ntR."), ("flipped.pt", good[:99] + b"?" * 200 + good[299:])):
+            (self.dir / name).write_bytes(content)
+            foreign.append(self.dir / name)
+        for path in (*foreign, self.dir / "nowhere.pt"):
+            self.bad(*self.tiny, "--init", path, says=path.name)
+            self.bad("--sample_only", "--init", path, says=path.name)
+        self.bad(*self.tiny, "--resume", "--out", self.dir / "none", says="ckpt.pt")
+        self.bad("--sample_only", "--out", self.dir / "none", says="best.pt")
+        self.bad("--eval_only", "--out", self.dir / "none", says="best.pt")
+        for flags in ("--n_embd 64", "--n_layer 3", "--n_head 1", "--n_kv_head 1", "--pos learned", "--block_size 32",
+                      "--optimizer adamw", "--optimizer adam", "--optimizer lion", "--optimizer sophia"):
+            self.bad("--resume", "--out", a.out, *flags.split(), says=flags.split()[0])
+        self.train("b", "--optimizer", "adamw")
+        for kind in ("adam", "lion", "sophia", "muon"):  # alike enough that some would load
+            self.bad("--resume", "--out", self.dir / "b", "--optimizer", kind, says="--optimizer")
+        (a.out / "ckpt.pt").write_bytes((a.out / "ckpt.pt").read_bytes()[:-999])
+        self.bad("--resume", "--out", a.out, says="ckpt.pt")
+
+    def test_foreign_vocabulary(self):
+        """Weights whose vocabulary is no tokenizer's: one line, not an index error in the first batch."""
+        self.bpe()
+        self.model(n_embd=64).save_pretrained(self.dir / "hf")
+        self.bad(*self.tiny[:2], "--block_size", 16, "--init", self.dir / "hf", says="50")
+
+    def test_command_line(self):
+        """As a program: the exit status, and one line on stderr."""
+        done = child(HERE / "gpt2.py", "--lr", "nan", cwd=self.dir)
+        self.assertEqual((done.returncode, done.stdout, snapshot(self.dir).keys()), (2, "", {"text.txt"}))
+        self.assertRegex(done.stderr, r"\Agpt2\.py: [^\n]+\n\Z")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# running
+
+
+class Result(unittest.TextTestResult):
+    """Keeps each test's seconds, and counts a test once however many of its subtests fail."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.seconds = {}
+
+    def startTest(self, test):
+        self.started = time.perf_counter()
+        super().startTest(test)
+
+    def stopTest(self, test):
+        self.seconds[test.id()] = time.perf_counter() - self.started
+        super().stopTest(test)
+
+
+def main():
+    runner = unittest.TextTestRunner(sys.stdout, resultclass=Result, warnings="ignore")
+    result = unittest.main(testRunner=runner, exit=False).result
+    for name, seconds in sorted(result.seconds.items(), key=lambda item: -item[1])[:5]:
+        print(f"{seconds:6.1f} s  {name.removeprefix('__main__.')}")
+    bad = [getattr(test, "test_case", test).id() for test, _ in result.failures + result.errors]
+    bad = {*bad, *(test.id() for test in result.unexpectedSuccesses)}
+    skipped = {getattr(test, "test_case", test).id() for test, _ in result.skipped} - bad
+    print(f"{len({*result.seconds} - bad - skipped)} passed, {len(bad)} failed, {len(skipped)} skipped")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

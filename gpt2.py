@@ -8,53 +8,58 @@ A stack of blocks reads tokens from left to right; in each block every token loo
 and is then worked on alone (MLP). The one objective is the cross-entropy of the next token [1, 2]. Sampling feeds the
 model its own words; fine-tuning goes on with the same loss on other text, instructions with answers for example.
 
-    python gpt2.py                                          # offline, DEFAULT_MINUTES on two cores: learns to write Python
-    python gpt2.py --data shakespeare --steps STEPS         # downloads 1.1 MB
-    python gpt2.py --sample_only --prompt "def add("        # the best checkpoint of the last run; --resume goes on with it
-    python gpt2.py --init gpt2 --sample_only --prompt "The meaning of life is"          # official weights, 548 MB
-    python gpt2.py --init gpt2 --eval_only --data my.txt    # loss, perplexity, bits per byte
-    python gpt2.py --init gpt2 --data my.jsonl --optimizer adamw --lr 3e-5 --dropout 0.1 --block_size 512   # instructions
-    torchrun --nproc_per_node=8 gpt2.py --data tokens/ --tokenizer gpt2 --pos learned --n_layer 12 --n_head 12 --n_embd 768 \
-        --block_size 1024 --batch_size 32 --grad_accum 2 --steps 20000 --compile         # 124M from scratch, uint16 *.bin
+    python gpt2.py                                      # offline, learns to write Python from the standard library
+    python gpt2.py --data shakespeare                   # downloads 1.1 MB
+    python gpt2.py --sample_only --prompt "def add("    # from the run's best checkpoint; --resume goes on from its last
+    python gpt2.py --init gpt2 --sample_only --prompt "The meaning of life is"      # OpenAI's weights, 548 MB
+    python gpt2.py --init gpt2 --eval_only --data my.txt
+    python gpt2.py --init gpt2 --data my.jsonl --optimizer adamw --lr 3e-5 --block_size 512      # instructions
+    torchrun --nproc_per_node=8 gpt2.py --data tokens/ --tokenizer gpt2 --pos learned --n_layer 12 --n_head 12 \\
+        --n_embd 768 --block_size 1024 --batch_size 32 --grad_accum 2 --compile      # 124M on *.bin of uint16 ids
 
 EXPECT
 
-Differs from GPT-2: no dropout unless asked for; tanh GELU, pre-LN, tied head and init are as published. Rotary positions
-and Muon, the defaults, are younger; --pos learned --optimizer adamw is the original. Evaluation windows stand side by
-side, so a token has half a block of context on average.
+Differs from the papers: rotary positions and Muon, the defaults, are younger; --pos learned --optimizer adamw is the
+original. Init is [1] §4.1's with [2] §2.3's scaling; OpenAI's code has .01 for wpe. At most --eval_tokens validation
+tokens are read at an evaluation, in windows side by side, so that a token has half a block of context on average.
 
-Shapes: B batch, T tokens (the block), C width, H heads, D = C / H, V vocabulary.
+Shapes: B batch, T tokens (the block), C width, H heads (H_kv of keys), D = C / H, V vocabulary.
 
 [1] Radford et al. 2018, Improving language understanding by generative pre-training (GPT)
 [2] Radford et al. 2019, Language models are unsupervised multitask learners (GPT-2)
 [3] Su et al. 2021, RoFormer, arXiv 2104.09864v5        [4] Ainslie et al. 2023, GQA, arXiv 2305.13245v3
 [5] Kingma and Ba 2014, Adam, arXiv 1412.6980v9         [6] Loshchilov and Hutter 2017, AdamW, arXiv 1711.05101v3
 [7] Chen et al. 2023, Lion, arXiv 2302.06675v4          [8] Liu et al. 2023, Sophia, arXiv 2305.14342v4
-[9] Jordan et al. 2024, Muon, kellerjordan.github.io/posts/muon, scaled as there: √max(1, rows / columns)
+[9] Jordan et al. 2024, Muon, kellerjordan.github.io/posts/muon; decay and scale as in github.com/KellerJordan/Muon
 """
 
 import argparse, codecs, contextlib, dataclasses, gc, hashlib, inspect, json, math, mmap, os, re, signal, sys, sysconfig
-import time, typing
-from dataclasses import dataclass
+import time, types, typing
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import requests
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+import torch.utils.checkpoint
 
-# --------------------------------------------------------------------------------------------------------------------
-# config
 
-# Peak learning rates, each the best of a sweep: python tests.py --optimizers, logs in assets/logs/gpt2/
+class UserError(ValueError):
+    """Bad input (status 2) or a failed run (status 1): main prints the message on one line and returns the status."""
+
+    def __init__(self, message, status=2):
+        super().__init__(message)
+        self.status = status
+
+
+# ---- config --------------------------------------------------------------------------------------------------------
+
+# Peak learning rates, each the best of a sweep: python tests.py BenchGPT2.optimizers, logs in assets/logs/gpt2/
 LEARNING_RATES = dict(adamw=3e-3, adam=3e-3, lion=3e-4, sophia=1e-3, muon=3e-2)
 
 
-@dataclass
+@dataclasses.dataclass
 class Config:
     # data
     data: str = "python"  # python (the standard library's sources), shakespeare, a text, .bin or .jsonl file, a folder
@@ -63,11 +68,11 @@ class Config:
     # model: the smallest GPT-2 is 12 layers, 12 heads, width 768, block 1024
     n_layer: int = 3  # blocks
     n_head: int = 3  # query heads
-    n_kv_head: int | None = None  # key and value heads; fewer: grouped-query attention [4]; 1: multi-query; None: n_head
+    n_kv_head: int | None = None  # key and value heads; fewer: grouped queries [4]; 1: multi-query; None: n_head
     n_embd: int = 96  # width C
     block_size: int = 128  # context T, in tokens
-    pos: str = "rope"  # learned positions (GPT-2), or rope [3]: better by .07 nats on Shakespeare in equal time
-    dropout: float = 0.0  # GPT-2 had 0.1; a run that sees its data about once needs none
+    pos: str = "rope"  # rope [3], or learned positions as in GPT-2
+    dropout: float = 0.0  # GPT had 0.1 ([1] §4.1); a run that sees its data about once needs none
     init: str | None = None  # start from gpt2, gpt2-medium, gpt2-large, gpt2-xl, a .pt or .safetensors file, a folder
     # optimiser
     optimizer: str = "muon"  # adamw, adam (with L2 instead of decay), lion, sophia or muon
@@ -91,37 +96,38 @@ class Config:
     resume: bool = False  # go on from out/ckpt.pt, with that run's flags where none are given
     device: str = "auto"  # auto (cuda, then mps, then cpu), or a torch device
     dtype: str = "auto"  # float32, bfloat16 or float16; auto: bfloat16 on a card that has it
-    compile: bool = False  # torch.compile: half a minute of patience, then faster steps
+    compile: bool = False  # torch.compile: a wait at first (it needs a C++ compiler on a CPU), then faster steps
     grad_checkpoint: bool = False  # compute each block again in the backward pass: less memory, a third more work
     wandb: bool = False  # log to Weights & Biases too
     # use of a trained model, --init or else out/best.pt
     sample_only: bool = False  # continue the prompt, no training
-    eval_only: bool = False  # loss, perplexity and bits per byte of --data, no training
-    prompt: str = "\n"  # what a sample continues; after training on .jsonl, the instruction that it answers
+    eval_only: bool = False  # loss, perplexity and bits per byte of all of --data, no training
+    prompt: str = "\n"  # what a sample continues; with --instruct, the instruction that it answers
+    instruct: bool = False  # samples stand in the template of instructions; training on .jsonl sets it
     sample_tokens: int = 256  # length of a sample
     temperature: float = 0.8  # below 1 favours likely tokens; 0 takes the likeliest
     top_k: int | None = None  # sample among the k likeliest
     top_p: float | None = None  # sample among the likeliest that together have this probability
+    given = ()  # no field: the names of the flags on the command line, with which loaded weights must agree
 
     def __post_init__(self):
         self.lr = LEARNING_RATES.get(self.optimizer) if self.lr is None else self.lr
         known = dict(tokenizer=("bytes", "gpt2"), pos=("learned", "rope"), optimizer=tuple(LEARNING_RATES),
                      dtype=("auto", "float32", "bfloat16", "float16"))
-        may_be_0 = ("warmup", "weight_decay", "grad_clip", "eval_tokens", "patience", "seed", "temperature", "dropout", "beta2")
+        may_be_0 = ("warmup", "weight_decay", "grad_clip", "eval_tokens", "patience", "seed", "temperature", "dropout")
         for name, value in vars(self).items():
-            if name in known and value not in known[name]:
-                raise UserError(f"--{name} {value}: choose from {', '.join(known[name])}")
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                most = 1 if name in ("dropout", "beta2", "top_p") else sys.maxsize
-                if not 0 <= value <= most or (value == 0 and name not in may_be_0):
-                    raise UserError(f"--{name} {value}: want {'0' if name in may_be_0 else 'above 0'} to {most}")
+            most = {"dropout": 1, "top_p": 1, "beta2": 1 - 1e-9}.get(name, sys.maxsize)
+            if value == "" or name in known and value not in known[name]:
+                raise UserError(f"--{name} {value!r}: want {' or '.join(known.get(name, ['some text']))}")
+            if type(value) in (int, float) and not (0 < value <= most or value == 0 and name in may_be_0):
+                raise UserError(f"--{name} {value}: want {'0' if name in may_be_0 else 'above 0'} to {most}")
         if self.optimizer == "sophia" and self.dtype == "float16":
             raise UserError("--optimizer sophia squares small gradients, too small for --dtype float16")
         if self.resume and self.init:
             raise UserError("--resume goes on from --out and --init starts anew: give one of them")
 
 
-@dataclass
+@dataclasses.dataclass
 class GPTConfig:
     """A model's shape, by default that of the smallest GPT-2, 124,439,808 parameters. ValueError if it can't be."""
 
@@ -143,18 +149,16 @@ class GPTConfig:
             raise UserError(f"n_embd {self.n_embd} must be divisible by n_head {self.n_head}, and that by n_kv_head "
                             f"{self.n_kv_head}")
         if self.pos not in ("learned", "rope") or (self.pos == "rope" and self.n_embd // self.n_head % 2):
-            raise UserError(f"pos {self.pos}: want learned, or rope and an even head size, not {self.n_embd // self.n_head}")
+            raise UserError(f"pos {self.pos}: want learned, or rope and an even head size ({self.n_embd // self.n_head})")
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# model, in Hugging Face's names
-
+# ---- model, in Hugging Face's names --------------------------------------------------------------------------------
 
 def rotate(x, start=0, base=10000.0):
     """Rotary positions [3]: turn each pair (x_i, x_{i+D/2}) of x (B, H, T, D) by an angle proportional to its position.
 
     q·k then depends on the distance of the two positions alone. [3] eq. 34 pairs neighbours, x_{2i} with x_{2i+1};
-    halves, as in GPT-NeoX and Llama, are the same up to a permutation of the weights, and slice more cheaply.
+    halves, as in GPT-NeoX and Llama, are the same up to a permutation of the weights.
     """
     T, D = x.shape[-2:]
     # always fp32: bf16 keeps 8 bits and could not tell position 256 from 257
@@ -176,20 +180,18 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, cache=None, start=0):
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).split(self.split, dim=-1)
-        q = q.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, D)
-        k = k.view(B, T, self.n_kv_head, -1).transpose(1, 2)  # (B, H_kv, T, D)
-        v = v.view(B, T, self.n_kv_head, -1).transpose(1, 2)  # (B, H_kv, T, D)
+        q, k, v = (t.view(B, T, -1, C // self.n_head).transpose(1, 2)  # (B, H, T, D), and twice (B, H_kv, T, D)
+                   for t in self.c_attn(x).split(self.split, dim=-1))
         if self.rope:
             q, k = rotate(q, start), rotate(k, start)
-        if cache is not None:  # sampling: keys (already rotated) and values of the positions before start are kept
+        if cache is not None:  # (2, B, H_kv, size, D): keys, already rotated, and values of the positions before start
             cache[:, :, :, start:start + T] = torch.stack((k, v))
             k, v = cache[:, :, :, :start + T]  # (B, H_kv, start + T, D) each
         if self.n_kv_head < self.n_head:  # one key head serves a group of query heads [4]
-            k = k.repeat_interleave(self.n_head // self.n_kv_head, dim=1)  # (B, H, T, D)
-            v = v.repeat_interleave(self.n_head // self.n_kv_head, dim=1)
-        # Torch aligns is_causal top-left: query 0 would see key 0 alone. A single query behind cached keys sees them all,
-        # so it must not ask for it. The fused kernel never writes the (T, T) matrix to memory.
+            k, v = (t.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for t in (k, v))  # (B, H, T, D)
+        # Torch aligns is_causal top-left: query 0 would see key 0 alone. A single query behind cached keys sees them
+        # all, so it must not ask for it; several (start > 0 and T > 1) would come out wrong. The fused kernel never
+        # writes the (T, T) matrix to memory.
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout * self.training, is_causal=T > 1)
         return F.dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)), self.dropout, self.training)
 
@@ -218,6 +220,13 @@ class Block(nn.Module):
     def forward(self, x, cache=None, start=0):
         x = x + self.attn(self.ln_1(x), cache, start)
         return x + self.mlp(self.ln_2(x))
+
+
+OFFICIAL = {name: f"https://huggingface.co/openai-community/{name}/resolve/main/model.safetensors"
+            for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
+CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+HF_SETTINGS = dict(activation_function="gelu_new", layer_norm_epsilon=1e-5, scale_attn_weights=True,
+                   scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True)
 
 
 class GPT(nn.Module):
@@ -251,7 +260,7 @@ class GPT(nn.Module):
         x = F.dropout(x, c.dropout, self.training)
         for i, block in enumerate(self.transformer.h):
             if c.grad_checkpoint and self.training:
-                x = checkpoint(block, x, use_reentrant=False)
+                x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
             else:
                 x = block(x, None if cache is None else cache[i], start)
         x = self.transformer.ln_f(x)
@@ -263,21 +272,21 @@ class GPT(nn.Module):
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=None, generator=None):
         """Yield the next token (B, 1) of each sequence, again and again; arguments and errors as generate's."""
-        k, p = (1 if top is None else top for top in (top_k, top_p))
-        if not idx.size(1) or temperature < 0 or k < 1 or not 0 < p <= 1:
+        k, p = 1 if top_k is None else top_k, 1 if top_p is None else top_p
+        if not idx.size(1) or max_new_tokens < 0 or not temperature >= 0 or k < 1 or not 0 < p <= 1:  # nan fails too
             raise UserError(f"need a prompt, temperature >= 0, top_k >= 1, 0 < top_p <= 1, not {idx.size(1)} tokens, "
                             f"{temperature}, {top_k}, {top_p}")
         c, B, training, weight = self.config, idx.size(0), self.training, self.transformer.wte.weight
         size = min(c.block_size, idx.size(1) + max_new_tokens)
         cache = weight.new_zeros(c.n_layer, 2, B, c.n_kv_head, size, c.n_embd // c.n_head)  # every layer's keys, values
-        start, done = c.block_size, torch.zeros(B, 1, dtype=torch.bool, device=idx.device)
+        start, done = 0, torch.zeros(B, 1, dtype=torch.bool, device=idx.device)  # start: positions in the cache
         self.eval()  # dropout off
         try:
             for _ in range(max_new_tokens):
-                if start < c.block_size:
+                if 0 < start < c.block_size:
                     window = idx[:, -1:]
-                else:  # at first; then for every token, once the block is full: the window moves, and with it each
-                    window, start = idx[:, -c.block_size:], 0  # token's position and past, so nothing kept is of use
+                else:  # the prompt; and, once the block is full, each time: as the window moves, every position changes
+                    window, start = idx[:, -c.block_size:], 0
                 logits = self(window, None, cache, start)[0][:, -1, :c.vocab_size].float()  # (B, V), without padded ids
                 start += window.size(1)
                 token = sample_token(logits, temperature, top_k, top_p, generator)  # (B, 1)
@@ -300,43 +309,47 @@ class GPT(nn.Module):
     def from_pretrained(cls, name_or_path, data_dir="data", **switches):
         """Official weights by name (OFFICIAL), or a folder with config.json and model.safetensors, a .safetensors file,
         a .pt checkpoint. switches change GPTConfig. Raises ValueError on what is broken or does not fit."""
-        path, settings = Path(name_or_path), HF_SETTINGS
+        path, settings = Path(name_or_path), {}
         if name_or_path in OFFICIAL:
             path = download(OFFICIAL[name_or_path], Path(data_dir) / name_or_path / "model.safetensors")
-        if path.suffix == ".pt":
-            saved = load_checkpoint(path)
-            shape, state = saved["model_config"], saved["model"]
-        else:
-            if path.is_dir():
-                with one_line(f"{path} has no readable config.json"):
-                    settings = {**HF_SETTINGS, **json.loads((path / "config.json").read_text())}
-                path = path / "model.safetensors"
-            wrong = {k: settings[k] for k, v in HF_SETTINGS.items() if settings[k] != v}
-            if wrong or switches.get("pos", "learned") != "learned" or switches.get("n_kv_head"):
-                raise UserError(f"{name_or_path}: GPT-2 has learned positions, a key head per query head and "
-                                f"{HF_SETTINGS}, not {wrong or switches}")
-            shape, state = from_hugging_face(load_safetensors(path), path)
-            shape["n_head"] = settings.get("n_head", max(1, shape["n_embd"] // 64))
-        model = cls(GPTConfig(**{**shape, **switches}))
-        with one_line(f"{path} does not fit the model"):
+        with one_line(f"can't load {path}"):
+            if path.suffix == ".pt":
+                saved = load_checkpoint(path)
+                shape, state = saved["model_config"], saved["model"]
+            else:
+                if path.is_dir():
+                    settings, path = json.loads((path / "config.json").read_text()), path / "model.safetensors"
+                wrong = {k: settings[k] for k, v in HF_SETTINGS.items() if settings.get(k, v) != v}
+                if wrong or switches.get("pos", "learned") != "learned" or switches.get("n_kv_head"):
+                    raise UserError(f"{path}: GPT-2 has learned positions, a key head per query head and "
+                                    f"{HF_SETTINGS}, not {wrong or switches}")
+                shape, state = load_safetensors(path)
+                shape["n_head"] = settings.get("n_head", max(1, shape["n_embd"] // 64))
+            model = cls(GPTConfig(**{**shape, **switches}))
             model.load_state_dict(state, strict=True)
         return model
 
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors, which Hugging Face's GPT2LMHeadModel opens. Raises ValueError on
         what that does not know: rotary positions, grouped queries, no biases."""
-        c, folder = self.config, Path(folder)
+        c, folder, header, offset = self.config, Path(folder), {"__metadata__": {"format": "pt"}}, 0
         if c.pos != "learned" or c.n_kv_head != c.n_head or not c.bias:
             raise UserError("Hugging Face's GPT-2 has learned positions, a key head per query head, and biases")
         weights = {name: w.t() if name.endswith(CONV1D) else w for name, w in self.state_dict().items()}
         weights["transformer.wte.weight"] = weights.pop("lm_head.weight")[:c.vocab_size]  # tied, and without padding
+        for name, w in weights.items():
+            header[name] = dict(dtype="F32", shape=list(w.shape), data_offsets=[offset, offset + 4 * w.numel()])
+            offset += 4 * w.numel()
+        head = json.dumps(header).encode()
+        head += b" " * (-len(head) % 8)  # aligns the data
+        data = (w.cpu().float().contiguous().numpy() for w in weights.values())
         settings = dict(HF_SETTINGS, model_type="gpt2", architectures=["GPT2LMHeadModel"], vocab_size=c.vocab_size,
                         n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
-                        bos_token_id=None, eos_token_id=None)
-        settings.update(dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), c.dropout))
+                        embd_pdrop=c.dropout, attn_pdrop=c.dropout, resid_pdrop=c.dropout, bos_token_id=None,
+                        eos_token_id=None)
         folder.mkdir(parents=True, exist_ok=True)
-        save_safetensors(weights, folder / "model.safetensors")
-        write_atomic(folder / "config.json", lambda file: file.write(json.dumps(settings, indent=2).encode()))
+        write_atomic(folder / "model.safetensors", len(head).to_bytes(8, "little"), head, *data)
+        write_atomic(folder / "config.json", json.dumps(settings, indent=2).encode())
 
 
 def sample_token(logits, temperature, top_k, top_p, generator):
@@ -346,16 +359,14 @@ def sample_token(logits, temperature, top_k, top_p, generator):
     ids = None
     if top_k or top_p:  # sorted, and exactly k: a comparison with the k-th value would let ties in
         logits, ids = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))
-    probs = (logits / temperature).softmax(dim=-1)
+    probs = ((logits - logits.amax(dim=-1, keepdim=True)) / temperature).softmax(dim=-1)  # no overflow near 0
     if top_p:  # out goes a token if those before it have top_p already; the one that crosses the line stays
         probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, 0.0)
     choice = torch.multinomial(probs, 1, generator=generator)  # it divides by the sum itself
     return choice if ids is None else ids.gather(-1, choice)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# optimisers: θ the parameters, g their gradient, m the momentum, η the learning rate, λ the weight decay
-
+# ---- optimisers: θ the parameters, g their gradient, m the momentum, η the learning rate, λ the weight decay -------
 
 def with_gradients(optimizer):
     """(parameter, its state, its group) for all that have a gradient."""
@@ -383,6 +394,7 @@ class SophiaG(torch.optim.Optimizer):
 
     update_hessian comes before the first step and then at every tenth or so. It wants the gradient ĝ of the mean loss
     over B tokens whose labels were drawn from the model's own prediction (Gauss-Newton-Bartlett): h ≈ E[B ĝ²].
+    rho is [8]'s γ, in the name and with the value that the authors' code has, as are the betas.
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.965, 0.99), rho=0.04, weight_decay=0.0):
@@ -399,21 +411,21 @@ class SophiaG(torch.optim.Optimizer):
         for p, state, group in with_gradients(self):
             m = state.setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 1 - group["betas"][0])
             h = state.setdefault("hessian", torch.zeros_like(p))
-            p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.sub_((m / (group["rho"] * h).clamp(min=1e-15)).clamp(-1, 1), alpha=group["lr"])  # clip(m / max(ρ h, ε), 1)
+            p.mul_(1 - group["lr"] * group["weight_decay"])  # θ ← θ − η λ θ, then θ ← θ − η clip(m / max(ρh, ε), 1)
+            p.sub_((m / (group["rho"] * h).clamp(min=1e-15)).clamp(-1, 1), alpha=group["lr"])  # [8] Alg. 3
 
 
 def newton_schulz(g, steps=5):
-    """U Vᵀ of g = U S Vᵀ (..., n, m), roughly: the singular values end between about 0.7 and 1.2 [9].
+    """U Vᵀ of g = U S Vᵀ (..., n, m), roughly: singular values above .002 of g's norm end between .68 and 1.21 [9].
 
-    The polynomial a s + b s³ + c s⁵ works on every singular value s through matrix products alone.
+    The polynomial a σ + b σ³ + c σ⁵ works on every singular value σ through matrix products alone.
     """
     x = g.bfloat16() if g.is_cuda else g.float()
     x = x.mT if g.size(-2) > g.size(-1) else x  # x xᵀ is then the smaller square
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # no singular value above 1
     for _ in range(steps):
-        s = x @ x.mT  # (..., n, n)
-        x = 3.4445 * x + (-4.7750 * s + 2.0315 * s @ s) @ x
+        gram = x @ x.mT  # (..., n, n)
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
     return (x.mT if g.size(-2) > g.size(-1) else x).type_as(g)
 
 
@@ -436,32 +448,30 @@ class Muon(torch.optim.Optimizer):
             p.mul_(1 - group["lr"] * group["weight_decay"])
             for part, o in zip(p.split(rows), ahead.split(rows)):
                 by_shape.setdefault(part.shape, []).append((part, o, group["lr"]))
-        for (n, m), items in by_shape.items():
+        for (rows, columns), items in by_shape.items():
             for (part, _, lr), o in zip(items, newton_schulz(torch.stack([o for _, o, _ in items]))):
-                part.sub_(o, alpha=lr * max(1, n / m) ** 0.5)  # θ ← θ − η √max(1, n/m) U Vᵀ
+                part.sub_(o, alpha=lr * max(1, rows / columns) ** 0.5)  # θ ← θ − η √max(1, rows / columns) U Vᵀ
 
 
 def make_optimizers(model, c):
     """Optimizers (a list) that together have every parameter once, and decay matrices only."""
-    blocks = model.transformer.h
-    qkv = [block.attn.c_attn.weight for block in blocks]
-    hidden = [w for block in blocks for w in (block.attn.c_proj.weight, block.mlp.c_fc.weight, block.mlp.c_proj.weight)]
-    taken = {id(p) for p in qkv + hidden} if c.optimizer == "muon" else set()
+    blocks, muon = model.transformer.h, c.optimizer == "muon"
+    taken = {id(p) for p in blocks.parameters() if p.dim() == 2 and muon}
     rest = [p for p in model.parameters() if id(p) not in taken]
     groups = [dict(params=[p for p in rest if p.dim() >= 2], weight_decay=c.weight_decay),
               dict(params=[p for p in rest if p.dim() < 2], weight_decay=0.0)]
     adam = dict(betas=(0.9, c.beta2), fused=rest[0].device.type in ("cpu", "cuda"))  # fused: one kernel for all
-    if c.optimizer == "adamw":  # [6]: θ ← θ − η (m / (√v + ε) + λθ)
+    if c.optimizer == "adamw":  # [6] Alg. 2: θ ← θ − η (m̂ / (√v̂ + ε) + λθ)
         optimizers = [torch.optim.AdamW(groups, lr=c.lr, **adam)]
-    elif c.optimizer == "adam":  # [5] with L2: g ← g + λθ, and the decay is divided by √v as well, the point of [6]
+    elif c.optimizer == "adam":  # [5] with L2, g ← g + λθ: the decay is divided by √v̂ as well, the point of [6]
         optimizers = [torch.optim.Adam(groups, lr=c.lr, **adam)]
-    elif c.optimizer == "muon":
-        muon = [dict(params=qkv, split=blocks[0].attn.split), dict(params=hidden)]
-        optimizers = [Muon(muon, lr=c.lr, weight_decay=c.weight_decay), torch.optim.AdamW(groups, lr=c.adam_lr, **adam)]
+    elif muon:
+        others = [w for b in blocks for w in (b.attn.c_proj.weight, b.mlp.c_fc.weight, b.mlp.c_proj.weight)]
+        hidden = [dict(params=[b.attn.c_attn.weight for b in blocks], split=blocks[0].attn.split), dict(params=others)]
+        optimizers = [Muon(hidden, lr=c.lr, weight_decay=c.weight_decay),
+                      torch.optim.AdamW(groups, lr=c.adam_lr, **adam)]
     else:
         optimizers = [dict(lion=Lion, sophia=SophiaG)[c.optimizer](groups, lr=c.lr)]
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["peak_lr"] = group["lr"]
     return optimizers
 
 
@@ -473,66 +483,33 @@ def learning_rate(step, peak, warmup, steps, floor=0.0):
     return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# official weights
-
-OFFICIAL = {name: f"https://huggingface.co/openai-community/{name}/resolve/main/model.safetensors"
-            for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
-CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-HF_SETTINGS = dict(activation_function="gelu_new", layer_norm_epsilon=1e-5, scale_attn_weights=True,
-                   scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True)
-
-
-def from_hugging_face(weights, path):
-    """(GPTConfig's arguments but n_head, our state dict) from Hugging Face's tensors."""
-    weights = {name.removeprefix("transformer."): w for name, w in weights.items()}
-    masks = (".attn.bias", ".attn.masked_bias")
-    weights = {name: w for name, w in weights.items() if not name.endswith(masks)}
-    with one_line(f"{path} does not hold GPT-2"):
-        wte, wpe = weights["wte.weight"], weights["wpe.weight"]
-        if not torch.equal(weights.pop("lm_head.weight", wte), wte):
-            raise ValueError("its lm_head is not tied to wte")
-        shape = dict(vocab_size=wte.size(0), n_embd=wte.size(1), block_size=wpe.size(0),
-                     n_layer=1 + max(int(name.split(".")[1]) for name in weights if name.startswith("h.")))
-    # They have Conv1D, x w, where we have Linear, x wᵀ. attn.c_proj is square: forgotten, it would load all the same.
-    state = {f"transformer.{name}": w.t() if name.endswith(CONV1D) else w for name, w in weights.items()}
-    return shape, state | {"lm_head.weight": wte}
-
+# ---- official weights ----------------------------------------------------------------------------------------------
 
 def load_safetensors(path):
-    """{name: tensor}. The file: 8 bytes, the header's length n; n bytes of JSON with each dtype, shape, place; data."""
-    dtypes = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, U8=torch.uint8,
-                  BOOL=torch.bool)
-    with one_line(f"{path} is not a safetensors file"):
-        with open(path, "rb") as file:
-            raw = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # read page by page, as needed
-        tensors, n = {}, int.from_bytes(raw[:8], "little")
-        if n > len(raw) - 8:
-            raise ValueError(f"its header claims {n} bytes of {len(raw)}")
-        for name, entry in json.loads(raw[8:8 + n]).items():
-            if name != "__metadata__":
-                dtype, shape, (begin, end) = dtypes[entry["dtype"]], entry["shape"], entry["data_offsets"]
-                if not 0 <= begin <= end <= len(raw) - 8 - n or end - begin != math.prod(shape) * dtype.itemsize:
-                    raise ValueError(f"{name} {shape} can't lie at bytes {begin} to {end} of {len(raw) - 8 - n}")
-                tensors[name] = torch.frombuffer(raw, dtype=dtype, count=math.prod(shape), offset=8 + n + begin)
-                tensors[name] = tensors[name].view(shape)
-    return tensors
+    """(GPTConfig's arguments but n_head, state dict) from Hugging Face's model.safetensors. The file: 8 bytes, the
+    header's length n; n bytes of JSON with each tensor's dtype, shape and place; data."""
+    dtypes = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, U8=torch.uint8, BOOL=torch.bool)
+    with open(path, "rb") as file:
+        raw = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # read page by page, as needed
+    n, state = int.from_bytes(raw[:8], "little"), {}
+    header = json.loads(raw[8:8 + n])
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        dtype, shape, (begin, end) = dtypes[entry["dtype"]], entry["shape"], entry["data_offsets"]
+        if begin < 0 or end - begin != math.prod(shape) * dtype.itemsize:  # frombuffer raises if it ends past the file
+            raise ValueError(f"{name} {shape} can't lie at bytes {begin} to {end}")
+        w = torch.frombuffer(raw, dtype=dtype, count=math.prod(shape), offset=8 + n + begin).view(shape)
+        if not name.endswith((".attn.bias", ".attn.masked_bias")):  # causal masks, kept as buffers once
+            # They have Conv1D, x w, where we have Linear, x wᵀ. attn.c_proj is square: untransposed it would load, too.
+            state["transformer." + name.removeprefix("transformer.")] = w.t() if name.endswith(CONV1D) else w
+    wte = state["transformer.wte.weight"]
+    if not torch.equal(state.setdefault("lm_head.weight", state.pop("transformer.lm_head.weight", wte)), wte):
+        raise ValueError("its lm_head is not tied to wte")
+    return dict(vocab_size=wte.size(0), n_embd=wte.size(1), block_size=state["transformer.wpe.weight"].size(0),
+                n_layer=1 + max(int(name.split(".")[2]) for name in state if ".h." in name)), state
 
 
-def save_safetensors(tensors, path):
-    """Write {name: tensor} in fp32."""
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
-    for name, w in tensors.items():
-        header[name] = dict(dtype="F32", shape=list(w.shape), data_offsets=[offset, offset + 4 * w.numel()])
-        offset += 4 * w.numel()
-    head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 8)  # aligns the data
-    data = (w.detach().cpu().float().contiguous().numpy() for w in tensors.values())
-    write_atomic(path, lambda file: file.writelines([len(head).to_bytes(8, "little"), head, *data]))
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# data
+# ---- data ----------------------------------------------------------------------------------------------------------
 
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -544,23 +521,26 @@ def make_tokenizer(name):
     bytes: a token is a byte of UTF-8, and byte 0, which no text has, ends one. gpt2: [2] §2.2, by tiktoken.
     """
     if name == "bytes":
-        return SimpleNamespace(vocab_size=256, stop=0, decode=lambda i: bytes([i]),
-                               encode=lambda text: np.frombuffer(text.encode(), np.uint8).astype(np.uint16))
+        return types.SimpleNamespace(vocab_size=256, stop=0, decode=lambda i: bytes([i]),
+                                     encode=lambda text: np.frombuffer(text.encode(), np.uint8).astype(np.uint16))
     with one_line("GPT-2's vocabulary can't be had: use --tokenizer bytes, or set TIKTOKEN_CACHE_DIR to where it is"):
         import tiktoken
         bpe = tiktoken.get_encoding("gpt2")
-    return SimpleNamespace(vocab_size=50257, stop=50256, decode=bpe.decode_single_token_bytes,
-                           encode=lambda text: np.array(bpe.encode_ordinary(text), np.uint16))
+    return types.SimpleNamespace(vocab_size=50257, stop=50256, decode=bpe.decode_single_token_bytes,
+                                 encode=lambda text: np.array(bpe.encode_ordinary(text), np.uint16))
 
 
 class Tokens:
     """Arrays of token ids, perhaps on disk, read in windows of T + 1 that never cross from one array into the next: x
-    (B, T) and y (B, T), the tokens after x. ~id in a signed array is read but not to be predicted: y is -100."""
+    (B, T) and y (B, T), the tokens after x. The prompts of .jsonl rows are stored as ~id, which is negative: such a
+    token is read, but y has -100 in its place."""
 
     def __init__(self, arrays, T, vocab_size):
         self.arrays, self.T, self.vocab_size, self.size = arrays, T, vocab_size, sum(map(len, arrays))
-        self.draws = np.cumsum([max(0, len(a) - T) for a in arrays])  # places where a window can start
-        self.tiles = np.cumsum([math.ceil(max(0, len(a) - 1) / T) for a in arrays])  # windows side by side
+        self.refuse(max((int(a[:10**6].max(initial=0)) for a in arrays), default=0))  # early, on what is quick to read
+        # running sums from 0 over the arrays: places where a window can start, and windows side by side
+        self.draws = np.cumsum([0, *(max(0, len(a) - T) for a in arrays)])
+        self.tiles = np.cumsum([0, *(math.ceil(max(0, len(a) - 1) / T) for a in arrays)])
 
     def batch(self, seed, batch_size):
         """Windows drawn from all that there are, as seed (a tuple) says."""
@@ -573,30 +553,34 @@ class Tokens:
         for i in range(0, len(numbers), batch_size):
             yield self.read(self.tiles, numbers[i:i + batch_size], self.T)
 
-    def read(self, ends, numbers, stride):
+    def read(self, sums, numbers, stride):
         rows = np.full((len(numbers), self.T + 1), -1)  # ~0: padding, on the right, where causal attention never looks
         for row, number in zip(rows, numbers):
-            k = np.searchsorted(ends, number, side="right")
-            start = (number - (ends[k - 1] if k else 0)) * stride
+            k = np.searchsorted(sums, number, side="right") - 1
+            start = (number - sums[k]) * stride
             window = self.arrays[k][start:start + self.T + 1]
             row[:len(window)] = window
         y, rows = rows[:, 1:], np.where(rows < 0, ~rows, rows)
-        if rows.max() >= self.vocab_size:
-            raise UserError(f"--data holds token id {rows.max()}, the tokenizer has {self.vocab_size}")
+        self.refuse(rows.max())
         used = np.flatnonzero((y >= 0).any(axis=0))[-1] + 1  # columns of padding alone are left out
         return torch.from_numpy(rows[:, :used]), torch.from_numpy(np.where(y < 0, -100, y)[:, :used])
+
+    def refuse(self, largest):
+        if largest >= self.vocab_size:
+            raise UserError(f"--data holds token id {largest}, the tokenizer has {self.vocab_size}")
 
 
 def template(instruction, text=""):
     """What stands before an answer, in training and in sampling alike."""
-    return f"### Instruction:\n{instruction}\n\n" + (f"### Input:\n{text}\n\n" if text else "") + "### Response:\n"
+    text = "### Input:\n" + text + "\n\n" if text else ""
+    return "### Instruction:\n" + instruction + "\n\n" + text + "### Response:\n"
 
 
 def load_rows(path, tokenizer, T):
     """.jsonl rows {"instruction", "input", "output"} or {"prompt", "response"} as arrays of T + 1. The loss is on the
     answer and the stop token behind it. Raises ValueError with the line of a bad row."""
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").strip().split("\n"), 1):  # JSON may hold U+2028
         with one_line(f"{path} line {number}: want an object with instruction, input, output or with prompt, response"):
             row = json.loads(line)
             texts = (template(row["prompt"]), row["response"]) if "prompt" in row else (
@@ -608,52 +592,43 @@ def load_rows(path, tokenizer, T):
     return rows
 
 
-def load_data(data, data_dir, tokenizer, T):
-    """--data as two Tokens: the first 90% to train on, the rest to validate. Raises ValueError on what is missing, not
-    text, or shorter than a block."""
-    path = Path(data)
+def load_data(data, data_dir, tokenizer, T, fraction=0.9):
+    """--data as two Tokens: the first fraction to train on, the rest to validate. Raises ValueError on what is missing,
+    not text, or shorter than a block."""
+    path, parts = Path(data), ([], [])
     if data == "python":
         root, skip = Path(sysconfig.get_paths()["stdlib"]), {"test", "tests", "site-packages", "dist-packages"}
         files = sorted(f for f in root.rglob("*.py") if not skip & set(f.relative_to(root).parts))
     elif data == "shakespeare":
         files = [download(SHAKESPEARE, Path(data_dir) / "tinyshakespeare.txt", SHAKESPEARE_SHA256)]
     else:
-        files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file() and f.name[0] != ".")
+        files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file() and not any(
+            part.startswith(".") for part in f.relative_to(path).parts))
+    kinds = {f.suffix for f in files}
     with one_line(f"--data {data} can't be read"):
-        if any(f.suffix == ".jsonl" for f in files):
-            arrays = [row for f in files for row in load_rows(f, tokenizer, T)]
-            cut = min(max(1, int(0.9 * len(arrays))), len(arrays) - 1)
-            parts = arrays[:cut], arrays[cut:]
+        if ".jsonl" in kinds:
+            rows = [row for f in files for row in load_rows(f, tokenizer, T)]
+            parts = rows[:int(len(rows) * fraction)], rows[int(len(rows) * fraction):]
         else:
-            if any(f.suffix == ".bin" for f in files):  # uint16 ids that stay on disk
-                arrays = [np.memmap(f, np.uint16, mode="r") for f in files if f.suffix == ".bin" and f.stat().st_size]
-            else:  # texts, each but the last with a stop token behind it
-                texts = (tokenizer.encode(f.read_text(encoding="utf-8")) for f in files)
-                joined = [a for text in texts for a in (text, [tokenizer.stop])][:-1]
-                arrays = [np.concatenate(joined).astype(np.uint16)] if joined else []
-            left, parts = int(0.9 * sum(map(len, arrays))), ([], [])
+            if ".bin" in kinds:  # uint16 ids that stay on disk
+                arrays = [np.memmap(f, np.uint16, mode="r") for f in files if f.suffix == ".bin"]
+            else:  # texts, with a stop token between two
+                stop = np.array([tokenizer.stop], np.uint16)
+                texts = [a for f in files for a in (stop, tokenizer.encode(f.read_text(encoding="utf-8")))]
+                arrays = [np.concatenate(texts)[1:]]
+            left = int(sum(map(len, arrays)) * fraction)
             for a in arrays:
                 parts[0].append(a[:left])
                 parts[1].append(a[left:])
                 left = max(0, left - len(a))
-    both = [Tokens([a for a in part if len(a)], T, tokenizer.vocab_size) for part in parts]
-    if not files or any(d.size == 0 or d.tiles[-1] == 0 for d in both) or both[0].draws[-1] == 0:
-        raise UserError(f"--data {data}: {len(files)} files, {both[0].size} tokens to train on and {both[1].size} to "
-                        f"validate: too few for --block_size {T}")
+    train, val = both = [Tokens([a for a in part if len(a)], T, tokenizer.vocab_size) for part in parts]
+    if (fraction and not train.draws[-1]) or not val.tiles[-1]:
+        raise UserError(f"--data {data}: {train.size} tokens to train on and {val.size} to validate are too few for "
+                        f"--block_size {T}")
     return both
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# files and errors
-
-
-class UserError(ValueError):
-    """Bad input (status 2) or a failed run (status 1): main prints the message on one line and returns the status."""
-
-    def __init__(self, message, status=2):
-        super().__init__(message)
-        self.status = status
-
+# ---- files and errors ----------------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def one_line(message, status=2):
@@ -677,17 +652,19 @@ def download(url, path, sha256=None):
         # identity: Content-Length would count the bytes of a compressed body
         headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
         with requests.get(url, headers=headers, stream=True, timeout=30) as reply:
-            if reply.status_code != 416:  # 416: nothing is missing
+            if reply.status_code != 416:  # 416: nothing is missing, if the size agrees
                 reply.raise_for_status()
-                have = have if reply.status_code == 206 else 0  # 200: it comes from the start
-                total = have + int(reply.headers["Content-Length"])
-                with open(part, "ab" if have else "wb") as file:
-                    for chunk in reply.iter_content(1 << 20):
-                        have += file.write(chunk)
-                        print(f"\r{path.name}: {have / 1e6:.1f} of {total / 1e6:.1f} MB", end="", file=sys.stderr)
-                print(file=sys.stderr)
-                if have != total:
-                    raise OSError(f"it ended after {have} of {total} bytes")
+            total = int(reply.headers.get("Content-Range", "/" + reply.headers["Content-Length"]).split("/")[1])
+            have = 0 if reply.status_code == 200 else have  # 200: it comes from the start, not from where we are
+            with open(part, "ab" if have else "wb") as file:
+                for chunk in reply.iter_content(1 << 20) if reply.ok else ():
+                    have += file.write(chunk)
+                    print(f"\r{path.name}: {have / 1e6:.1f} of {total / 1e6:.1f} MB", end="", file=sys.stderr)
+            print(file=sys.stderr)
+            if have > total:  # not a part of this file: from the start next time
+                part.unlink()
+            if have != total:
+                raise OSError(f"it ended after {have} of {total} bytes")
         if sha256 and hashlib.sha256(part.read_bytes()).hexdigest() != sha256:
             part.unlink()
             raise UserError(f"{url} is not the published file, its SHA-256 differs: deleted, try again")
@@ -695,13 +672,13 @@ def download(url, path, sha256=None):
     return path
 
 
-def write_atomic(path, write):
-    """write(file) under another name, then rename: path holds the old content or the new, never half of it."""
+def write_atomic(path, *content):
+    """Write bytes, or a checkpoint's dict, under another name, then rename: path holds the old content or the new."""
     temporary = Path(f"{path}.tmp")
     try:
         with one_line(f"can't write {path}, what was there is kept", status=1):
             with open(temporary, "wb") as file:
-                write(file)
+                torch.save(content[0], file) if isinstance(content[0], dict) else file.writelines(content)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
@@ -713,42 +690,40 @@ def load_checkpoint(path):
     """The dict that a run saved. weights_only: nothing is unpickled but tensors and plain values."""
     with one_line(f"{path} is not a checkpoint of this script"):
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        return {**saved, "model": saved["model"], "config": saved["config"], "step": saved["step"]}
+        saved["model"], saved["model_config"], {**saved["config"]}, saved["step"]  # KeyError, TypeError: not ours
+    return saved
 
 
 def curves_svg(path, series, x_label, y_label):
     """A chart of {name: [(x, y), ...]}; the names stand in the corner in their lines' colours."""
     (x0, x1), (y0, y1) = [(min(v), max(v)) for v in zip(*(p for line in series.values() for p in line))]
-
-    def place(x, y):
-        return f"{70 + 550 * (x - x0) / ((x1 - x0) or 1):.1f},{350 - 320 * (y - y0) / ((y1 - y0) or 1):.1f}"
-
-    svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 400" font-family="sans-serif" font-size="12">',
-           f'<rect width="640" height="400" fill="white"/><text x="340" y="392" text-anchor="middle">{x_label}</text>',
-           f'<text x="8" y="18">{y_label}</text>']
+    svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="-70 -30 640 400" font-family="sans-serif" font-size="12">'
+           '<rect x="-70" y="-30" width="640" height="400" fill="white"/>'
+           f'<text x="275" y="362" text-anchor="middle">{x_label}</text><text x="-62" y="-12">{y_label}</text>']
     for i in range(6):
-        left, low = place(x := x0 + i * (x1 - x0) / 5, y := y0 + i * (y1 - y0) / 5).split(",")
-        svg.append(f'<path d="M70 {low}h550" stroke="#ddd"/><text x="62" y="{low}" text-anchor="end">{y:.3g}</text>'
-                   f'<text x="{left}" y="370" text-anchor="middle">{x:.5g}</text>')
+        svg.append(f'<path d="M0 {320 - 64 * i}h550" stroke="#ddd"/>'
+                   f'<text x="-8" y="{320 - 64 * i}" text-anchor="end">{y0 + (y1 - y0) * i / 5:.3g}</text>'
+                   f'<text x="{110 * i}" y="340" text-anchor="middle">{x0 + (x1 - x0) * i / 5:.5g}</text>')
     for i, (name, line) in enumerate(series.items()):
         colour = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")[i % 6]
-        points = " ".join(place(*p) for p in line)
+        points = " ".join(f"{550 * (x - x0) / (x1 - x0 or 1):.1f},{320 * (y1 - y) / (y1 - y0 or 1):.1f}"
+                          for x, y in line)
         svg.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
-                   f'<text x="610" y="{50 + 16 * i}" text-anchor="end" fill="{colour}">{name}</text>')
-    write_atomic(path, lambda file: file.write("\n".join([*svg, "</svg>"]).encode()))
+                   f'<text x="540" y="{20 + 16 * i}" text-anchor="end" fill="{colour}">{name}</text>')
+    write_atomic(path, "\n".join([*svg, "</svg>"]).encode())
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# evaluate, sample, train
+# ---- evaluate, sample, train ---------------------------------------------------------------------------------------
 
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "4090": 165e12}  # dense bf16, from the data sheets
+PEAK_FLOPS = {"A100": 312e12, "H100 80GB HBM3": 989e12, "H200": 989e12, "4090": 165e12}  # dense bf16, data sheets
 
 
 @torch.no_grad()
 def evaluate(model, data, tokenizer, autocast, batch_size, limit=None):
     """Loss (mean nats per token), perplexity and bits per byte of data, over windows that stand side by side."""
     device = next(model.parameters()).device
-    lengths = torch.tensor([len(tokenizer.decode(i)) for i in range(tokenizer.vocab_size)])  # bytes of each token
+    lengths = torch.tensor([len(tokenizer.decode(i)) for i in range(tokenizer.vocab_size)])  # bytes of each token,
+    lengths[tokenizer.stop] = 0  # but what ends a text is no part of it
     nats = tokens = size = 0
     model.eval()
     for x, y in data.batches(batch_size, limit):
@@ -769,7 +744,7 @@ def show(scores):
 def sample(model, tokenizer, c):
     """Print the prompt and its continuation, token by token."""
     device = next(model.parameters()).device
-    text = template(c.prompt) if c.data.endswith(".jsonl") else c.prompt
+    text = template(c.prompt) if c.instruct else c.prompt
     idx = torch.from_numpy(tokenizer.encode(text).astype(np.int64))[None].to(device)  # (1, T)
     utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # a character may need several tokens
     print(text, end="", flush=True)
@@ -793,28 +768,31 @@ def pick_device(name, dtype):
     if dtype == "auto":  # a CPU without matrix units for bfloat16 is many times slower in it
         fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = "bfloat16" if fast else "float32"
-    return device, getattr(torch, dtype)
+    dtype = getattr(torch, dtype)
+    return device, dtype, torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def load_model(c):
     """The model and tokenizer that the flags ask for. Loaded weights bring theirs, and c then says so."""
-    shape = {name: getattr(c, name) for name in ("n_layer", "n_head", "n_kv_head", "n_embd", "pos")}
-    source = str(Path(c.out) / "ckpt.pt") if c.resume else c.init
+    names = ("n_layer", "n_head", "n_kv_head", "n_embd", "pos")
+    switches = dict(dropout=c.dropout, grad_checkpoint=c.grad_checkpoint)
+    source = f"{c.out}/ckpt.pt" if c.resume else c.init
     if source is None:
-        size = make_tokenizer(c.tokenizer).vocab_size
-        model = GPT(GPTConfig(c.block_size, size, **shape, dropout=c.dropout, pad_vocab=64))
-    else:
-        model = GPT.from_pretrained(source, c.data_dir, dropout=c.dropout)
-        for name, asked in shape.items():  # a flag that was given must agree
-            if asked not in (getattr(Config, name), getattr(model.config, name)):
-                raise UserError(f"--{name} {asked}, but {source} has {getattr(model.config, name)}")
-            setattr(c, name, getattr(model.config, name))
-        if c.eval_only and c.block_size == Config.block_size:
-            c.block_size = model.config.block_size
-        if c.block_size > model.config.block_size:
-            raise UserError(f"--block_size {c.block_size}, but {source} has {model.config.block_size}")
-        c.tokenizer = "bytes" if model.config.vocab_size == 256 else "gpt2"
-    model.config.grad_checkpoint = c.grad_checkpoint
+        tokenizer = make_tokenizer(c.tokenizer)
+        shape = {name: getattr(c, name) for name in names}
+        return GPT(GPTConfig(c.block_size, tokenizer.vocab_size, **shape, **switches, pad_vocab=64)), tokenizer
+    model = GPT.from_pretrained(source, c.data_dir, **switches)
+    has = vars(model.config) | {"tokenizer": {256: "bytes", 50257: "gpt2"}.get(model.config.vocab_size)}
+    for name in (*names, "tokenizer"):
+        if name in c.given and getattr(c, name) != has[name]:
+            raise UserError(f"--{name} {getattr(c, name)}, but {source} has {has[name]}")
+        setattr(c, name, has[name])
+    if c.tokenizer is None:
+        raise UserError(f"{source} has {has['vocab_size']} token ids: neither bytes, 256, nor GPT-2's, 50257")
+    if "block_size" not in c.given:
+        c.block_size = has["block_size"] if c.eval_only else min(c.block_size, has["block_size"])
+    if c.block_size > has["block_size"]:
+        raise UserError(f"--block_size {c.block_size}, but {source} has {has['block_size']}")
     return model, make_tokenizer(c.tokenizer)
 
 
@@ -826,23 +804,29 @@ class Run:
         self.step, self.best, self.worse, self.seconds = 0, math.inf, 0, 0.0  # worse: evaluations since the best
         self.out, self.rows, self.wandb = Path(c.out), [], None
         if c.resume:
-            saved = load_checkpoint(self.out / "ckpt.pt")
-            with one_line(f"{self.out}/ckpt.pt has the state of another --optimizer"):
-                for optimizer, state in zip(optimizers, saved["optimizer"], strict=True):
-                    optimizer.load_state_dict(state)
-            scaler.load_state_dict(saved["scaler"])
-            self.step, self.best, self.worse, self.seconds = (saved[k] for k in ("step", "best", "worse", "seconds"))
-            self.rows = read_log(self.out / "log.jsonl", self.step)
+            with one_line(f"{c.out}/ckpt.pt can't be gone on with"):
+                saved = load_checkpoint(self.out / "ckpt.pt")
+                if saved["config"]["optimizer"] != c.optimizer:
+                    raise UserError(f"--optimizer {c.optimizer}, but it has {saved['config']['optimizer']}'s state")
+                for optimizer, state in zip(optimizers, saved["optimizer"]):  # rates and decay as the flags say now
+                    optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
+                if saved["scaler"]:
+                    scaler.load_state_dict(saved["scaler"])
+                vars(self).update({name: saved[name] for name in ("step", "best", "worse", "seconds", "rows")})
+        if writes and c.wandb:
+            with one_line("--wandb needs: pip install wandb, and wandb login"):
+                import wandb
+                self.wandb = wandb.init(project="gpt2", config=dataclasses.asdict(c))
         if writes:
             with one_line(f"can't make the folder {self.out}", status=1):
                 self.out.mkdir(parents=True, exist_ok=True)
-            write_atomic(self.out / "config.json", lambda file: file.write(json.dumps(vars(c), indent=2).encode()))
             lines = "".join(json.dumps(row) + "\n" for row in self.rows)  # without what came after the checkpoint
-            write_atomic(self.out / "log.jsonl", lambda file: file.write(lines.encode()))
-        if writes and c.wandb:
-            with one_line("--wandb needs: pip install wandb"):
-                import wandb
-            self.wandb = wandb.init(project="gpt2", config=vars(c))
+            for name, text in (("config.json", json.dumps(dataclasses.asdict(c), indent=2)), ("log.jsonl", lines)):
+                write_atomic(self.out / name, text.encode())
+
+    def check(self, name, value, step):
+        if not math.isfinite(value):
+            raise UserError(f"{name} is {value} at step {step}: lower --lr; {self.out} keeps the last checkpoint", 1)
 
     def log(self, line, **row):
         """A line for people, and a row for log.jsonl and the curves."""
@@ -856,22 +840,12 @@ class Run:
 
     def save(self, name):
         if self.writes:
-            if not all(p.isfinite().all() for p in self.model.parameters()):
-                raise UserError(f"a parameter is not finite after step {self.step}: lower --lr; {self.out} keeps the "
-                                "last good checkpoint", status=1)
-            state = dict(model=self.model.state_dict(), model_config=vars(self.model.config), config=vars(self.c),
-                         step=self.step, best=self.best, worse=self.worse, seconds=self.seconds,
-                         scaler=self.scaler.state_dict(), optimizer=[o.state_dict() for o in self.optimizers])
-            write_atomic(self.out / name, lambda file: torch.save(state, file))
-
-
-def read_log(path, last_step):
-    """The rows up to last_step. A killed run may have written more, the last of them by half."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
-    return [row for row in rows if row["step"] <= last_step and "final" not in row]
+            self.check("a parameter", sum(p.detach().sum() for p in self.model.parameters()).item(), self.step)
+            state = dict(model=self.model.state_dict(), model_config=vars(self.model.config), step=self.step,
+                         optimizer=[o.state_dict() for o in self.optimizers], scaler=self.scaler.state_dict(),
+                         config=dataclasses.asdict(self.c), best=self.best, worse=self.worse, seconds=self.seconds,
+                         rows=self.rows)  # and no random state: config's seed and step are all there is to it
+            write_atomic(self.out / name, state)
 
 
 def training_step(model, optimizers, scaler, autocast, data, c, step, device, rank, world):
@@ -881,8 +855,9 @@ def training_step(model, optimizers, scaler, autocast, data, c, step, device, ra
     one rank does with N times the accumulation.
     """
     torch.manual_seed(int(np.random.SeedSequence((c.seed, step, rank)).generate_state(1)[0]))  # dropout, Sophia
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["lr"] = learning_rate(step, group["peak_lr"], c.warmup, c.steps)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:  # peak: the rate that the optimizer was made with
+            group["lr"] = learning_rate(step, optimizer.defaults["lr"], c.warmup, c.steps)
     if c.optimizer == "sophia" and step % 10 == 0:
         x, y = (t.to(device) for t in data.batch((c.seed, step, rank), c.batch_size))  # (B, T) each
         with autocast:
@@ -891,48 +866,53 @@ def training_step(model, optimizers, scaler, autocast, data, c, step, device, ra
         F.cross_entropy(logits, labels.masked_fill(y.flatten() < 0, -100)).backward()
         optimizers[0].update_hessian((y >= 0).sum() * world)
         optimizers[0].zero_grad()
-    losses = []
+    total = 0.0
     for micro in range(c.grad_accum):
         x, y = (t.to(device) for t in data.batch((c.seed, step, micro * world + rank), c.batch_size))
         if world > 1:  # ranks exchange gradients at the last micro-batch; DDP wants to know before the forward pass
             model.require_backward_grad_sync = micro == c.grad_accum - 1
         with autocast:
-            losses.append(model(x, y)[1] / c.grad_accum)
-        scaler.scale(losses[-1]).backward()
+            loss = model(x, y)[1] / c.grad_accum
+        scaler.scale(loss).backward()
+        total += loss.detach()
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
-    if c.grad_clip:
-        nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf)
     for optimizer in optimizers:
-        scaler.step(optimizer)
+        if not scaler.is_enabled() or norm.isfinite():  # fp16 overflowed: no optimizer steps, not only the one it hit
+            scaler.step(optimizer)
         optimizer.zero_grad()
     scaler.update()
-    return torch.stack(losses).detach().sum()
+    return total
 
 
 def train(c, interrupts=()):
-    """Train as the Config c says, into the folder c.out, until interrupts has something in it; returns the last row."""
+    """Train as the Config c says, into the folder c.out, until interrupts has something in it; returns the status."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device, dtype = pick_device(c.device, c.dtype)
+    device, dtype, autocast = pick_device(c.device, c.dtype)
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if rank > 0:  # the first rank may have to download
+        torch.distributed.barrier()
     torch.manual_seed(c.seed)  # the same initial weights on every rank
     raw, tokenizer = load_model(c)
     data, val = load_data(c.data, c.data_dir, tokenizer, c.block_size)
+    if rank == 0 and world > 1:
+        torch.distributed.barrier()
+    c.instruct = c.instruct or data.arrays[0].dtype != np.uint16  # signed: rows of .jsonl
     raw.to(device)
     optimizers = make_optimizers(raw, c)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # small gradients would be 0 in fp16
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     run = Run(c, raw, optimizers, scaler, writes=rank == 0)
     model = torch.compile(raw) if c.compile else raw  # raw, not compiled, is what samples and is saved
     if world > 1:
         model = nn.parallel.DistributedDataParallel(model)
     size, batch = sum(p.numel() for p in raw.parameters()), c.batch_size * c.grad_accum * world * c.block_size
-    flops = 6 * size + 12 * c.n_layer * c.n_embd * c.block_size  # per token: weights, and q·k and p·v; 3 passes of 2
+    flops = 6 * size + 12 * c.n_layer * c.n_embd * c.block_size  # per token, as in PaLM, arXiv 2204.02311, App. B
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    peak = next((value for name, value in PEAK_FLOPS.items() if name in card), None)
+    peak = max((value for name, value in PEAK_FLOPS.items() if name in card), default=None)
     if rank == 0:
-        print(" ".join(f"{name}={value!r}" for name, value in vars(c).items()))
+        print(" ".join(f"{name}={value!r}" for name, value in dataclasses.asdict(c).items()))
         print(f"{size:,} parameters | {data.size:,} tokens to train on, {val.size:,} to validate | {device} {dtype}")
 
     resumed_at, end = run.step if c.resume else None, min(c.steps, c.stop_at or c.steps)
@@ -943,32 +923,34 @@ def train(c, interrupts=()):
         if pending and (due or stop or run.step % c.log_every == 0):
             losses = torch.stack([*pending, pending[0].new_tensor(len(interrupts))])
             if world > 1:  # the sum over ranks; a Ctrl-C may reach one of them first, all must stop at the same step
-                dist.all_reduce(losses)
+                torch.distributed.all_reduce(losses)
             *losses, stop = losses.tolist()  # this waits for the device
             run.seconds, clock = run.seconds + time.perf_counter() - clock, time.perf_counter()
             for i, loss in enumerate(losses):
-                if not math.isfinite(loss):
-                    raise UserError(f"loss is {loss} at step {run.step - len(losses) + i}: lower --lr; {c.out} keeps the "
-                                    "last good checkpoint", status=1)
+                run.check("loss", loss, run.step - len(losses) + i)
             loss, lr = sum(losses) / len(losses) / world, optimizers[0].param_groups[0]["lr"]
             ms = 1e3 * (run.seconds - logged) / len(losses)
             rate, logged, pending = 1e3 * batch / ms, run.seconds, []
             line = f"step {run.step}/{c.steps} | loss {loss:.4f} | lr {lr:.1e} | {ms:.1f} ms | {rate / 1e3:.1f}k tok/s"
             if peak:  # model-FLOP utilisation
-                line += f" | {rate * flops / peak / world:.1%} of peak"
+                line += f" | {rate * flops / peak / world:.1%} of bf16 peak"
             run.log(line, loss=loss, lr=lr, ms=ms, seconds=run.seconds, tokens_per_s=rate)
         if due:
-            scores = evaluate(raw, val, tokenizer, autocast, c.batch_size, c.eval_tokens // c.block_size)
+            limit = math.ceil(c.eval_tokens / c.block_size)  # windows; 0: all
+            scores = [evaluate(raw, val, tokenizer, autocast, c.batch_size, limit)]
+            if world > 1:  # the first rank's for all: a bit of difference would part their ways
+                torch.distributed.broadcast_object_list(scores)
+            scores = scores[0]
+            run.check("val loss", scores["val_loss"], run.step)
             run.log(f"step {run.step}/{c.steps} | {show(scores)}", seconds=run.seconds, **scores)
             run.worse = 0 if scores["val_loss"] < run.best else run.worse + 1
             if run.worse == 0:
                 run.best = scores["val_loss"]
                 run.save("best.pt")
             if rank == 0:
-                series = {name: [(row["step"], row[key]) for row in run.rows if key in row]
+                curves = {name: [(row["step"], row[key]) for row in run.rows if key in row]
                           for name, key in (("train", "loss"), ("val", "val_loss"))}
-                series = {name: line for name, line in series.items() if line}
-                curves_svg(run.out / "curves.svg", series, "step", "loss, nats per token")
+                curves_svg(run.out / "curves.svg", curves, "step", "nats per token")
                 sample(raw, tokenizer, c)
         if due or stop:
             run.save("ckpt.pt")
@@ -984,22 +966,11 @@ def train(c, interrupts=()):
     if world > 1:  # a gloo group that ends while DDP still holds it may abort
         del model
         gc.collect()
-        dist.barrier()
-        dist.destroy_process_group()
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
     if stop and rank == 0:
         print(f"stopped after step {run.step}; to go on: python gpt2.py --resume --out {c.out}")
-    return run.rows[-1]
-
-
-@contextlib.contextmanager
-def held_interrupts():
-    """A list that the first Ctrl-C fills, so that a run stops between two steps, not within one; the second kills."""
-    pressed, old = [], signal.getsignal(signal.SIGINT)
-    signal.signal(signal.SIGINT, lambda *_: pressed.append(signal.signal(signal.SIGINT, old)))
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, old)
+    return 130 if stop else 0
 
 
 def peak_mb(device):
@@ -1012,9 +983,7 @@ def peak_mb(device):
     return math.nan
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# command line
-
+# ---- command line --------------------------------------------------------------------------------------------------
 
 def parse_config(argv):
     """A Config from flags, one for each field, its comment as help. --resume, and a look at a checkpoint by
@@ -1027,7 +996,7 @@ def parse_config(argv):
                                      allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.error = fail
     for field in dataclasses.fields(Config):
-        kind = (*(t for t in typing.get_args(field.type) if t is not type(None)), field.type)[0]
+        kind = (typing.get_args(field.type) or [field.type])[0]  # int of int | None
         how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind, metavar=kind.__name__)
         text = f"{comments[field.name]} [{field.default}]".replace("%", "%%")
         parser.add_argument(f"--{field.name}", help=text, **how)
@@ -1035,12 +1004,14 @@ def parse_config(argv):
     c = Config(**flags)  # checks them before any file is read
     if (c.sample_only or c.eval_only) and not c.init:
         flags["init"] = c.init = f"{c.out}/best.pt"
-    source = f"{c.out}/ckpt.pt" if c.resume else c.init if c.sample_only or c.eval_only else None
+    source, given = f"{c.out}/ckpt.pt" if c.resume else c.init if c.sample_only or c.eval_only else None, set(flags)
     if source and source.endswith(".pt"):
         once = ("resume", "init", "stop_at", "out", "sample_only", "eval_only")
         saved = load_checkpoint(source)["config"]
         flags = {name: value for name, value in saved.items() if name in vars(c) and name not in once} | flags
-    return Config(**flags)
+    c = Config(**flags)
+    c.given = given
+    return c
 
 
 def main(argv=None):
@@ -1048,22 +1019,27 @@ def main(argv=None):
     try:
         c = parse_config(argv)
         if not (c.sample_only or c.eval_only):
-            with held_interrupts() as interrupts:
-                train(c, interrupts)
-            return 130 if interrupts else 0
-        device, dtype = pick_device(c.device, c.dtype)
+            pressed, old = [], signal.getsignal(signal.SIGINT)  # a first Ctrl-C stops between steps, a second at once
+            signal.signal(signal.SIGINT, lambda *_: (pressed.append(True), signal.signal(signal.SIGINT, old)))
+            try:
+                return train(c, pressed)
+            finally:
+                signal.signal(signal.SIGINT, old)
+        device, dtype, autocast = pick_device(c.device, c.dtype)
         model, tokenizer = load_model(c)
-        model.to(device, dtype)
         if c.sample_only:
-            sample(model, tokenizer, c)
+            sample(model.to(device, dtype), tokenizer, c)
         else:
-            for name, part in zip(("first 90%", "last 10%"), load_data(c.data, c.data_dir, tokenizer, c.block_size)):
-                scores = evaluate(model, part, tokenizer, contextlib.nullcontext(), c.batch_size)
-                print(f"{name} | {part.size:,} tokens | {show(scores)}", flush=True)
+            model.to(device)
+            _, data = load_data(c.data, c.data_dir, tokenizer, c.block_size, fraction=0)
+            print(f"{data.size:,} tokens | {show(evaluate(model, data, tokenizer, autocast, c.batch_size))}")
         return 0
     except UserError as error:
         print(f"gpt2.py: {error}", file=sys.stderr)
         return error.status
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        print(f"gpt2.py: out of memory ({error}): lower --batch_size or --block_size", file=sys.stderr)
+        return 1
     except SystemExit as error:  # --help
         return error.code or 0
     except KeyboardInterrupt:
@@ -1071,4 +1047,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a sample may hold what the terminal can't show
     sys.exit(main())

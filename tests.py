@@ -3,10 +3,11 @@
     python tests.py                        everything
     python tests.py TestGPT2               one script
     python tests.py TestGPT2.test_cache    one test; pytest runs them too
+    python tests.py BenchGPT2.speed        a measurement: these take minutes and run by name alone
 
-Each test compares a script with something that shares no code with it: torch's own modules, a slow loop written from the
-paper's equation in fp64, a closed form, a second run. Scripts run in this process through main(argv), what they print is
-kept from the terminal; other processes are started only where one must be killed, or several must talk.
+Each test compares a script with something that shares no code with it: torch's own modules, a slow loop in fp64 from
+the paper's equation, a closed form, a second run. Scripts run in this process through main(argv), and what they print
+stays off the terminal; other processes are started only where one must be killed, or several must talk.
 Tests that need GPT-2's vocabulary skip where tiktoken can't have it (TIKTOKEN_CACHE_DIR says where it is).
 """
 
@@ -30,6 +31,7 @@ import re
 import shlex
 import shutil
 import signal
+import statistics
 import struct
 import subprocess
 import sys
@@ -45,6 +47,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 HERE = Path(__file__).resolve().parent
 ALL = ("gpt2", "vit", "resnet", "ijepa", "mae", "simclr", "flash_attn", "puzzles")
@@ -53,10 +56,13 @@ SHORT = {"gpt2": ["--eval_tokens", 4096, "--sample_tokens", 8]}  # flags that sh
 sys.path.insert(0, str(HERE))
 
 
+source = functools.cache(inspect.getsource)  # parsers ask for Config's, 80 ms each time, in a hundred runs
+
+
 def run(script, *argv):
     """(status, stdout, stderr) of a script's main(argv) in this process."""
     out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), mock.patch("inspect.getsource", source):
         status = importlib.import_module(script).main([str(a) for a in argv])
     return status, out.getvalue(), err.getvalue()
 
@@ -64,8 +70,9 @@ def run(script, *argv):
 def child(*command, timeout=300, **more):
     """A command's CompletedProcess, with one thread as in this process, so that results agree bit for bit."""
     env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(HERE), PYTHONDONTWRITEBYTECODE="1")
-    return subprocess.run([sys.executable, *map(str, command)], env=env, capture_output=True, text=True, timeout=timeout,
-                          **more)
+    with tempfile.TemporaryDirectory() as env["TMPDIR"]:  # torchrun leaves folders behind
+        return subprocess.run([sys.executable, *map(str, command)], env=env, capture_output=True, text=True,
+                              timeout=timeout, **more)
 
 
 @contextlib.contextmanager
@@ -189,7 +196,8 @@ class TestHouse(Case):
                 for row in steps:
                     self.assertLessEqual({"step", "loss", "lr", "ms", "seconds"}, set(row))
                     self.assertTrue({"tokens_per_s", "images_per_s"} & set(row))
-                self.assertTrue([row for row in rows if "loss" not in row and "seconds" in row], "no line of an evaluation")
+                self.assertTrue([row for row in rows if "loss" not in row and "seconds" in row],
+                                "no line of an evaluation")
                 self.assertTrue(rows[-1]["final"] and rows[-1]["peak_mb"] > 0)
                 self.assertEqual(sum("final" in row for row in rows), 1)
                 xml.etree.ElementTree.parse(at / "curves.svg")
@@ -207,9 +215,9 @@ class TestHouse(Case):
         code = """if True:
             import random, signal, sys, warnings, numpy, requests, tiktoken, torch
             def state():
-                return [random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), sys.path,
-                        torch.get_num_threads(), torch.get_default_dtype(), signal.getsignal(signal.SIGINT),
-                        torch.is_grad_enabled(), torch.get_float32_matmul_precision(), warnings.filters]
+                return [random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist(),
+                        sys.path, torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(),
+                        signal.getsignal(signal.SIGINT), torch.get_float32_matmul_precision(), warnings.filters]
             before = [list(x) if isinstance(x, list) else x for x in state()]
             import """ + ", ".join(SCRIPTS) + """
             assert state() == before"""
@@ -237,7 +245,8 @@ class TestHouse(Case):
                     if script.removesuffix(".py") not in SCRIPTS or any(elsewhere.search(flag) for flag in flags):
                         continue  # needs the network, a GPU or hours
                     out = Path(flags[flags.index("--out") + 1] if "--out" in flags else f"out/{script[:-3]}")
-                    if {"--resume", "--sample_only", "--eval_only"} & {*flags} and "--init" not in flags and not out.exists():
+                    later = {"--resume", "--sample_only", "--eval_only"} & {*flags}
+                    if later and "--init" not in flags and not out.exists():
                         continue  # goes on from a run that was left out above
                     for flag in {"--data", "--init"} & {*flags}:
                         path = Path(flags[flags.index(flag) + 1])
@@ -255,12 +264,13 @@ class TestHouse(Case):
 # --------------------------------------------------------------------------------------------------------------------
 # gpt2.py
 
-TEXT = " ".join(np.random.default_rng(0).choice("the cat sat on a mat while rain fell and köln slept".split(), 700)) + "\n"
+WORDS = "the cat sat on a mat while rain fell and köln slept".split()
+TEXT = " ".join(np.random.default_rng(0).choice(WORDS, 700)) + "\n"
 
 
 def slow_gpt(w, idx, heads, kv_heads=None):
-    """GPT-2's logits (B, T, V) from its equations: fp64, a head at a time, explicit masks. w: Hugging Face's names and
-    layout, whose matrices (Conv1D) act as x w. Without wpe, positions are rotary: complex numbers that turn."""
+    """GPT-2's logits (B, T, V) from its equations: fp64, a head at a time, explicit masks. w has Hugging Face's names
+    and layout, whose matrices (Conv1D) act as x w. Without wpe, positions are rotary: complex numbers that turn."""
     w = {name.removeprefix("transformer."): value.double() for name, value in w.items()}
     kv_heads, (B, T), C = kv_heads or heads, idx.shape, w["wte.weight"].size(1)
     D = C // heads
@@ -285,7 +295,8 @@ def slow_gpt(w, idx, heads, kv_heads=None):
         qkv, ys = linear(norm(x, f"h.{n}.ln_1"), f"h.{n}.attn.c_attn"), []
         for h in range(heads):
             g = C + h // (heads // kv_heads) * D  # where the keys of this head's group are
-            q, k, v = rotated(qkv[..., h * D:h * D + D]), rotated(qkv[..., g:g + D]), qkv[..., g + kv_heads * D:][..., :D]
+            q, k, v = (qkv[..., i:i + D] for i in (h * D, g, g + kv_heads * D))
+            q, k = rotated(q), rotated(k)
             scores = (q @ k.mT / D ** 0.5).masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
             weights = (scores - scores.amax(-1, keepdim=True)).exp()
             ys.append(weights / weights.sum(-1, keepdim=True) @ v)
@@ -298,12 +309,14 @@ def slow_gpt(w, idx, heads, kv_heads=None):
 
 def slow_nll(logits, targets):
     """-log p of each target that is not -100, one by one."""
-    return [-(row[t] - row.logsumexp(0)) for row, t in zip(logits.flatten(0, 1), targets.flatten().tolist()) if t != -100]
+    return [-(row[t] - row.logsumexp(0)) for row, t in zip(logits.flatten(0, 1), targets.flatten().tolist())
+            if t != -100]
 
 
 def conv1d(state):
     """Our state dict in Hugging Face's layout, as slow_gpt wants it."""
-    return {k: w.t() if k.startswith("transformer.h.") and w.dim() == 2 else w for k, w in state.items() if "lm_head" not in k}
+    return {k: w.t() if k.startswith("transformer.h.") and w.dim() == 2 else w
+            for k, w in state.items() if "lm_head" not in k}
 
 
 def hf_tensors(C=128, L=2, V=50, T=16, seed=0):
@@ -344,8 +357,8 @@ def read_safetensors(path):
 
 
 class Server:
-    """An HTTP server on 127.0.0.1. replies, one for each request and the last for all others: status, body, cut (bytes sent
-    before it hangs up), ranges (whether it knows Range). asked: the requests' Range headers."""
+    """An HTTP server on 127.0.0.1. replies, one for each request and the last for all others: status, body, cut
+    (bytes sent before it hangs up), ranges (whether it knows Range). asked: the requests' Range headers."""
 
     def __init__(self, test, *replies):
         self.asked = asked = []
@@ -395,9 +408,9 @@ class TestGPT2(Case):
         torch.manual_seed(0)
         self.text = self.dir / "text.txt"
         self.text.write_text(TEXT, encoding="utf-8")
-        self.tiny = ["--data", self.text, "--n_layer", 2, "--n_head", 2, "--n_embd", 32, "--block_size", 16, "--batch_size", 4,
-                     "--eval_tokens", 256, "--sample_tokens", 4, "--warmup", 2, "--steps", 20, "--eval_every", 10,
-                     "--log_every", 5]
+        self.tiny = ["--data", self.text, "--n_layer", 2, "--n_head", 2, "--n_embd", 32, "--block_size", 16,
+                     "--batch_size", 4, "--eval_tokens", 256, "--sample_tokens", 4, "--warmup", 2, "--steps", 20,
+                     "--eval_every", 10, "--log_every", 5]
 
     # helpers
 
@@ -410,7 +423,8 @@ class TestGPT2(Case):
 
     def look(self, out, text="", err=""):
         rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-        return SimpleNamespace(out=out, rows=rows, text=text, err=err, ckpt=torch.load(out / "ckpt.pt", weights_only=True),
+        return SimpleNamespace(out=out, rows=rows, text=text, err=err,
+                               ckpt=torch.load(out / "ckpt.pt", weights_only=True),
                                losses={r["step"]: r["loss"] for r in rows if "loss" in r},
                                val={r["step"]: r["val_loss"] for r in rows if "val_loss" in r and "final" not in r})
 
@@ -418,7 +432,8 @@ class TestGPT2(Case):
         """The same parameters, optimiser, best metric and losses, bit for bit."""
         for key in ("model", "optimizer", "step", "best", "worse"):
             self.same(a.ckpt[key], b.ckpt[key], key)
-        self.assertEqual((a.losses, a.val), (b.losses, b.val))
+        kept = ("step", "loss", "lr", "val_loss", "best_val_loss")
+        self.assertEqual(*([{k: row[k] for k in kept if k in row} for row in run.rows] for run in (a, b)))
 
     def bad(self, *flags, says=(), status=2):
         """Bad input: the status, one line on stderr that begins with the script's name, nothing on disk changes."""
@@ -434,8 +449,8 @@ class TestGPT2(Case):
             self.assertTrue(snapshot(self.dir) == before, "a file changed")
 
     def model(self, seed=0, scale=0.2, **config):
-        """A small model with weights large enough that every term matters, and embeddings small enough that LayerNorm's
-        eps does."""
+        """A small model with weights large enough that every term matters, and embeddings small enough that
+        LayerNorm's eps does."""
         c = dict(block_size=16, vocab_size=50, n_layer=2, n_head=4, n_embd=32)
         model = self.gpt2.GPT(self.gpt2.GPTConfig(**c | config))
         g = torch.Generator().manual_seed(seed)
@@ -447,7 +462,8 @@ class TestGPT2(Case):
 
     def fixed(self, logits, **config):
         """A model whose next-token logits are always these."""
-        model = self.gpt2.GPT(self.gpt2.GPTConfig(block_size=4, vocab_size=len(logits), n_layer=1, n_head=1, n_embd=4, **config))
+        c = dict(block_size=4, vocab_size=len(logits), n_layer=1, n_head=1, n_embd=4)
+        model = self.gpt2.GPT(self.gpt2.GPTConfig(**c | config))
         with torch.no_grad():
             model.transformer.ln_f.weight.zero_()
             model.transformer.ln_f.bias.copy_(torch.tensor([1.0, 0, 0, 0]))
@@ -567,7 +583,8 @@ class TestGPT2(Case):
 
         with mock.patch.object(F, "dropout", counted), mock.patch.object(F, "scaled_dot_product_attention", attended):
             model(idx, idx)
-        self.assertEqual(collections.Counter(calls), {("residual", 0.3, True): 1 + 2 * 2, ("attention", 0.3, True): 2})
+        self.assertEqual(collections.Counter(calls),
+                         {("residual", 0.3, True): 1 + 2 * 2, ("attention", 0.3, True): 2})
         self.assertFalse(torch.equal(model(idx, idx)[0], model(idx, idx)[0]))
 
     # generation
@@ -576,7 +593,7 @@ class TestGPT2(Case):
         """Each step's logits as without a cache, within 1e-4, and greedy ids the same, past the block's end too."""
         for pos, kv, B in itertools.product(("learned", "rope"), (None, 2, 1), (1, 3)):
             with self.subTest(pos=pos, kv=kv, B=B):
-                model, prompt, logits, widths = self.model(pos=pos, n_kv_head=kv, n_head=4), torch.randint(50, (B, 5)), [], []
+                model, prompt, logits, widths = self.model(pos=pos, n_kv_head=kv), torch.randint(50, (B, 5)), [], []
                 hooks = [model.lm_head.register_forward_hook(lambda m, i, o: logits.append(o[:, -1])),
                          model.transformer.wte.register_forward_pre_hook(lambda m, i: widths.append(i[0].size(1)))]
                 got = model.generate(prompt, 20, temperature=0)
@@ -600,7 +617,8 @@ class TestGPT2(Case):
     def frequencies(self, probs, n=20000, **settings):
         """How often each token is drawn, n times, from a model that predicts probs."""
         model = self.fixed(torch.tensor(probs).log())
-        drawn = model.generate(torch.zeros(n, 1, dtype=torch.long), 1, generator=torch.Generator().manual_seed(0), **settings)
+        drawn = model.generate(torch.zeros(n, 1, dtype=torch.long), 1, generator=torch.Generator().manual_seed(0),
+                               **settings)
         return torch.bincount(drawn[:, 1], minlength=len(probs)) / n
 
     def drawn_as(self, expected, probs, **settings):
@@ -610,7 +628,8 @@ class TestGPT2(Case):
         got = self.frequencies(probs, **settings).double()
         self.assertTrue((got[expected == 0] == 0).all(), f"{settings}: {got.tolist()}")
         within = 5 * (expected * (1 - expected) / 20000).sqrt() + 1e-12
-        self.assertTrue(((got - expected).abs() <= within).all(), f"{settings}: {got.tolist()}, not {expected.tolist()}")
+        self.assertTrue(((got - expected).abs() <= within).all(),
+                        f"{settings}: {got.tolist()}, not {expected.tolist()}")
 
     def test_temperature(self):
         p = [0.1, 0.5, 0.15, 0.25]
@@ -652,7 +671,8 @@ class TestGPT2(Case):
             self.assertTrue((row[end:] == 2).all())
         self.assertEqual(out.size(1), max(ends) + 1)
         self.assertGreater(len(set(ends)), 1)
-        self.assertEqual(self.fixed([0.0, 0.0, -1e9]).generate(torch.zeros(2, 1, dtype=torch.long), 9, stop=2).size(1), 10)
+        never = self.fixed([0.0, 0.0, -1e9]).generate(torch.zeros(2, 1, dtype=torch.long), 9, stop=2)
+        self.assertEqual(never.size(1), 10)
 
     def test_padded_vocabulary(self):
         """Rows past the vocabulary are never drawn, however likely."""
@@ -675,8 +695,8 @@ class TestGPT2(Case):
 
     def test_generate_errors(self):
         model, prompt, nan = self.model(), torch.zeros(1, 1, dtype=torch.long), math.nan
-        for wrong in (dict(temperature=-1), dict(temperature=nan), dict(top_k=0), dict(top_k=-3), dict(top_p=0), dict(top_p=1.5),
-                      dict(top_p=nan), dict(idx=prompt[:, :0]), dict(max_new_tokens=-1)):
+        for wrong in (dict(temperature=-1), dict(temperature=nan), dict(top_k=0), dict(top_k=-3), dict(top_p=0),
+                      dict(top_p=1.5), dict(top_p=nan), dict(idx=prompt[:, :0]), dict(max_new_tokens=-1)):
             with self.subTest(**{k: str(v) for k, v in wrong.items()}), self.assertRaises(ValueError):
                 model.generate(**dict(idx=prompt, max_new_tokens=2) | wrong)
 
@@ -688,13 +708,15 @@ class TestGPT2(Case):
         prefixed = {f"transformer.{k}": w for k, w in tensors.items()}
         tied = {**prefixed, "lm_head.weight": tensors["wte.weight"]}
         (self.dir / "config.json").write_text(json.dumps(dict(n_head=4, model_type="gpt2")))
-        for n, (stored, kind) in enumerate(itertools.product((tensors, prefixed, tied), ((np.float32, "F32"), (np.float16, "F16")))):
+        kinds = (np.float32, "F32"), (np.float16, "F16")
+        for n, (stored, kind) in enumerate(itertools.product((tensors, prefixed, tied), kinds)):
             with self.subTest(n):
                 file = write_safetensors(self.dir / "model.safetensors", stored, *kind)
                 w = {k: torch.from_numpy(v.numpy().astype(kind[0]).astype(np.float64)) for k, v in tensors.items()}
-                for source, heads in ((file, 2), (self.dir, 4), (str(self.dir), 4)):  # 128 / 64, or as config.json says
+                for source, heads in (file, 2), (self.dir, 4), (str(self.dir), 4):  # 128 / 64, or as config.json says
                     model = self.gpt2.GPT.from_pretrained(source)
-                    self.assertEqual((model.config.n_head, model.config.block_size, model.config.vocab_size), (heads, 16, 50))
+                    c = model.config
+                    self.assertEqual((c.n_head, c.block_size, c.vocab_size), (heads, 16, 50))
                     self.close(model(idx, idx)[0], slow_gpt(w, idx, heads), 5e-5)
         self.assertEqual({p.dtype for p in model.parameters()}, {torch.float32})
         self.assertIs(model.lm_head.weight, model.transformer.wte.weight)
@@ -704,22 +726,25 @@ class TestGPT2(Case):
         self.close(self.gpt2.GPT.from_pretrained(file).transformer.wte.weight, tensors["wte.weight"], 1e-3)
 
     def test_save_pretrained(self):
-        """Another parser finds Hugging Face's names, layout and settings; a reload gives the same logits bit for bit."""
+        """Another parser finds Hugging Face's names, layout, settings; a reload gives the same logits bit for bit."""
         model, idx = self.model(pad_vocab=64, n_embd=128, dropout=0.1), torch.randint(50, (2, 16))
         model.save_pretrained(self.dir / "hf")
-        found, config = read_safetensors(self.dir / "hf/model.safetensors"), json.loads((self.dir / "hf/config.json").read_text())
+        found = read_safetensors(self.dir / "hf/model.safetensors")
+        config = json.loads((self.dir / "hf/config.json").read_text())
         expected = {k: w for k, w in hf_tensors().items() if not k.endswith((".attn.bias", ".attn.masked_bias"))}
-        self.assertEqual({k: v.shape for k, v in found.items()}, {f"transformer.{k}": tuple(w.shape) for k, w in expected.items()})
+        self.assertEqual({k: v.shape for k, v in found.items()},
+                         {f"transformer.{k}": tuple(w.shape) for k, w in expected.items()})
         for name, w in conv1d(model.state_dict()).items():
             self.assertTrue(np.array_equal(found[name], w[:50].numpy() if "wte" in name else w.numpy()), name)
         self.assertLessEqual(dict(
-            model_type="gpt2", architectures=["GPT2LMHeadModel"], vocab_size=50, n_positions=16, n_embd=128, n_layer=2, n_head=4,
-            activation_function="gelu_new", layer_norm_epsilon=1e-5, embd_pdrop=0.1, attn_pdrop=0.1, resid_pdrop=0.1,
-            ).items(), config.items())
+            model_type="gpt2", architectures=["GPT2LMHeadModel"], vocab_size=50, n_positions=16, n_embd=128,
+            n_layer=2, n_head=4, activation_function="gelu_new", layer_norm_epsilon=1e-5, embd_pdrop=0.1,
+            attn_pdrop=0.1, resid_pdrop=0.1).items(), config.items())
         again = self.gpt2.GPT.from_pretrained(self.dir / "hf")
-        self.same({k: w[:50] if "wte" in k or "head" in k else w for k, w in model.state_dict().items()}, again.state_dict())
+        self.same({k: w[:50] if "wte" in k or "head" in k else w for k, w in model.state_dict().items()},
+                  again.state_dict())
         again.save_pretrained(self.dir / "hf")
-        self.same(self.gpt2.GPT.from_pretrained(self.dir / "hf")(idx), again(idx))  # no padding, and the same bit for bit
+        self.same(self.gpt2.GPT.from_pretrained(self.dir / "hf")(idx), again(idx))  # unpadded now: bit for bit
         for other in (self.model(pos="rope"), self.model(n_kv_head=2), self.model(bias=False)):
             with self.assertRaises(ValueError):
                 other.save_pretrained(self.dir / "none")
@@ -743,18 +768,22 @@ class TestGPT2(Case):
 
         files = dict(
             empty=b"", cut=whole[:-100], cut_in_header=whole[:n // 2], cut_in_length=whole[:5],
-            not_json=whole[:8] + b"x" * n + whole[8 + n:], not_an_object=struct.pack("<Q", 4) + b"[{}]" + whole[8 + n:],
+            not_json=whole[:8] + b"x" * n + whole[8 + n:],
+            not_an_object=struct.pack("<Q", 4) + b"[{}]" + whole[8 + n:],
             past_the_end=struct.pack("<Q", len(whole)) + whole[8:], far_past=struct.pack("<Q", 2**63) + whole[8:],
             text=b"no weights at all\n" * 99, unknown_dtype=header(lambda h: h["wte.weight"].update(dtype="Q4")),
             negative=header(lambda h: h["wte.weight"].update(data_offsets=[-4, 4])),
             outside=header(lambda h: h["wte.weight"].update(data_offsets=[2**40, 2**40 + 50 * C * 4])),
-            size=header(lambda h: h["wte.weight"].update(shape=[51, C])), no_shape=header(lambda h: h["wte.weight"].pop("shape")),
+            size=header(lambda h: h["wte.weight"].update(shape=[51, C])),
+            no_shape=header(lambda h: h["wte.weight"].pop("shape")),
             missing=with_tensors(_0_mlp__c_fc__weight=None), no_wpe=with_tensors(wpe__weight=None),
             no_wte=with_tensors(wte__weight=None), more=with_tensors(wqe__weight=torch.zeros(3)),
             untied=with_tensors(lm_head__weight=tensors["wte.weight"] + 1), no_layers=write_safetensors(
                 self.dir / "changed", {k: v for k, v in tensors.items() if "h." not in k}).read_bytes(),
-            flat=with_tensors(wte__weight=torch.zeros(50 * C)), linear_layout=with_tensors(_0_attn__c_attn__weight=torch.zeros(3 * C, C)),
-            cube=with_tensors(_0_attn__c_proj__weight=torch.zeros(C, C, 1)), bias=with_tensors(_0_ln_1__bias=torch.zeros(C + 1)))
+            flat=with_tensors(wte__weight=torch.zeros(50 * C)),
+            linear_layout=with_tensors(_0_attn__c_attn__weight=torch.zeros(3 * C, C)),
+            cube=with_tensors(_0_attn__c_proj__weight=torch.zeros(C, C, 1)),
+            bias=with_tensors(_0_ln_1__bias=torch.zeros(C + 1)))
         for label, content in files.items():
             with self.subTest(label):
                 (self.dir / "x.safetensors").write_bytes(content)
@@ -765,8 +794,9 @@ class TestGPT2(Case):
         self.bad(*self.tiny, "--init", self.dir / "x.safetensors", says="x.safetensors")
         (self.dir / "hf").mkdir()
         (self.dir / "hf/model.safetensors").write_bytes(whole)
-        for config in ('{"activation_function": "gelu"}', '{"layer_norm_epsilon": 1e-6}', '{"tie_word_embeddings": false}',
-                       '{"n_head": 5}', '{"n_head": 0}', '{"n_head": "two"}', "{", "[]"):
+        for config in ('{"activation_function": "gelu"}', '{"layer_norm_epsilon": 1e-6}',
+                       '{"tie_word_embeddings": false}', '{"n_head": 5}',
+                       '{"n_head": 0}', '{"n_head": "two"}', "{", "[]"):
             with self.subTest(config):
                 (self.dir / "hf/config.json").write_text(config)
                 with self.assertRaises(ValueError) as caught:
@@ -853,11 +883,12 @@ class TestGPT2(Case):
             status, out, err = run("gpt2", "--eval_only", "--init", "gpt2", "--data", self.text)
         self.assertEqual(status, 0, err)
         ids = bpe.encode(TEXT).astype(np.int64)
-        part = torch.from_numpy(ids[int(0.9 * len(ids)):])
+        part = torch.from_numpy(ids)
         nll = [x for i in range(0, len(part) - 1, 32) for x in slow_nll(
             slow_gpt(tensors, part[None, i:i + 33][:, :-1], 1), part[None, i:i + 33][:, 1:])]
         loss, size = torch.stack(nll).mean().item(), sum(len(bpe.decode(t)) for t in part[1:].tolist())
-        found = [float(x) for x in re.search(r"loss ([\d.]+).*perplexity ([\d.]+).*?([\d.]+) bits", out.splitlines()[-1]).groups()]
+        found = [float(x) for x in re.search(r"loss ([\d.]+).*perplexity ([\d.]+).*?([\d.]+) bits",
+                                             out.splitlines()[-1]).groups()]
         for got, want in zip(found, (loss, math.exp(loss), loss * len(nll) / size / math.log(2))):
             self.assertAlmostEqual(got / want, 1, delta=1e-4)
 
@@ -870,7 +901,8 @@ class TestGPT2(Case):
         self.assertEqual(status, 2)
         self.assertIn("SHA-256", err.splitlines()[-1])
         self.assertFalse((self.dir / "o").exists())
-        with mock.patch.multiple(self.gpt2, SHAKESPEARE=server.url, SHAKESPEARE_SHA256=hashlib.sha256(body).hexdigest()):
+        with mock.patch.multiple(self.gpt2, SHAKESPEARE=server.url,
+                                 SHAKESPEARE_SHA256=hashlib.sha256(body).hexdigest()):
             self.assertIn(f"{int(0.9 * len(body)):,} tokens", self.train("o", *flags).text)
 
     # optimisers
@@ -888,7 +920,7 @@ class TestGPT2(Case):
             optimizer.step()
 
     def test_lion(self):
-        start, *grads = self.gradients([(4, 3), (5,)], 6)
+        start, *grads = self.gradients([(40, 30), (50,)], 6)
         params, (lr, b1, b2, decay) = [torch.nn.Parameter(p.clone()) for p in start], (0.01, 0.8, 0.95, 0.1)
         self.drive(self.gpt2.Lion(params, lr=lr, betas=(b1, b2), weight_decay=decay), params, grads)
         for n, p in enumerate(start):  # Chen et al. 2023, algorithm 2
@@ -953,27 +985,30 @@ class TestGPT2(Case):
         start, *grads = self.gradients(shapes, 5)
         params = [torch.nn.Parameter(p.clone()) for p in start]
         lr, mu, decay = 0.02, 0.9, 0.1
-        groups = [dict(params=params[:1], split=[8, 8, 8]), dict(params=params[1:2], split=[8, 4, 12]), dict(params=params[2:])]
+        groups = [dict(params=params[:1], split=[8, 8, 8]), dict(params=params[1:2], split=[8, 4, 12]),
+                  dict(params=params[2:])]
         self.drive(self.gpt2.Muon(groups, lr=lr, momentum=mu, weight_decay=decay), params, grads)
-        for n, p in enumerate(start):  # Jordan 2024: M <- mu M + G, O = NS(G + mu M) by Nesterov, each of q, k, v alone
+        for n, p in enumerate(start):  # Jordan 2024: M <- mu M + G, O = NS(G + mu M); q, k and v each alone
             parts = {0: [8, 8, 8], 1: [8, 4, 12]}.get(n, [len(p)])
             M = torch.zeros_like(p)
             for step in grads:
                 M = mu * M + step[n]
                 p = (1 - lr * decay) * p
-                moves = [max(1, len(g) / g.size(1)) ** 0.5 * self.orthogonal(g) for g in (step[n] + mu * M).split(parts)]
+                moves = [max(1, len(g) / g.size(1)) ** 0.5 * self.orthogonal(g)
+                         for g in (step[n] + mu * M).split(parts)]
                 p = p - lr * torch.cat(moves)
             self.close(params[n] - start[n], p - start[n], 1e-4, f"matrix {n}")
 
     def test_adam_and_adamw(self):
-        """The optimizers that a run has, after 5 steps: L2 in the gradient, or decay of the weights; matrices alone."""
+        """A run's optimizers after 5 steps: L2 in the gradient, or decay of the weights; of matrices alone."""
         lr, b1, b2, eps, decay = 0.01, 0.9, 0.95, 1e-8, 0.3
         ends = {}
         for kind in ("adam", "adamw"):
             model = self.model()
             start = [p.detach().double() for p in model.parameters()]
             _, *grads = self.gradients([p.shape for p in start], 5, torch.float32)
-            [optimizer] = self.gpt2.make_optimizers(model, self.gpt2.Config(optimizer=kind, lr=lr, beta2=b2, weight_decay=decay))
+            c = self.gpt2.Config(optimizer=kind, lr=lr, beta2=b2, weight_decay=decay)
+            [optimizer] = self.gpt2.make_optimizers(model, c)
             self.drive(optimizer, list(model.parameters()), grads)
             for n, (p, (name, got)) in enumerate(zip(start, model.named_parameters())):
                 wd = decay if got.dim() == 2 else 0.0
@@ -992,7 +1027,8 @@ class TestGPT2(Case):
         for kind, kv in itertools.product(self.gpt2.LEARNING_RATES, (None, 1)):
             with self.subTest(kind=kind, kv=kv):
                 model = self.model(n_kv_head=kv)
-                optimizers = self.gpt2.make_optimizers(model, self.gpt2.Config(optimizer=kind, weight_decay=0.1, adam_lr=0.5, lr=0.25))
+                c = self.gpt2.Config(optimizer=kind, weight_decay=0.1, adam_lr=0.5, lr=0.25)
+                optimizers = self.gpt2.make_optimizers(model, c)
                 groups = [(type(o).__name__, group) for o in optimizers for group in o.param_groups]
                 ids = [id(p) for _, group in groups for p in group["params"]]
                 self.assertEqual(sorted(ids), sorted(id(p) for p in model.parameters()))
@@ -1004,25 +1040,27 @@ class TestGPT2(Case):
                         self.assertEqual(owner == "Muon", kind == "muon" and hidden, names[id(p)])
                         self.assertEqual(group["lr"], 0.5 if kind == "muon" and not hidden else 0.25)
                         if owner == "Muon":
-                            self.assertEqual(group["split"], [32, 8 * (kv or 4), 8 * (kv or 4)] if "c_attn" in names[id(p)] else None)
+                            split = [32, 8 * (kv or 4), 8 * (kv or 4)] if "c_attn" in names[id(p)] else None
+                            self.assertEqual(group["split"], split)
         self.assertEqual(set(self.gpt2.LEARNING_RATES), {"adamw", "adam", "lion", "sophia", "muon"})
 
     def test_sophia_in_a_run(self):
-        """h is there before the first step and again each tenth, its batch counts tokens, and its labels are the model's own:
-        a model that is sure of token 7, which the text never has, finds its own samples no surprise."""
+        """h is there before the first step and again each tenth, its batch counts tokens, and its labels are the
+        model's own: one that is sure of token 7, which the text never has, finds its own samples no surprise."""
         steps, tokens, sizes = [], [], []
         step, update = self.gpt2.SophiaG.step, self.gpt2.SophiaG.update_hessian
 
         def watched_step(optimizer, *args):
-            steps.append(all("hessian" in optimizer.state[p] for group in optimizer.param_groups for p in group["params"]))
-            sizes.append(sum(optimizer.state[p]["hessian"].sum().item() for g in optimizer.param_groups for p in g["params"]))
+            states = [optimizer.state[p] for group in optimizer.param_groups for p in group["params"]]
+            steps.append(all("hessian" in state for state in states))
+            sizes.append(sum(state["hessian"].sum().item() for state in states))
             return step(optimizer, *args)
 
         def watched_update(optimizer, n):
             tokens.append((len(steps), int(n)))
             return update(optimizer, n)
 
-        model = self.gpt2.GPT(self.gpt2.GPTConfig(block_size=16, vocab_size=256, n_layer=2, n_head=1, n_embd=32))
+        model = self.gpt2.GPT(self.gpt2.GPTConfig(block_size=16, vocab_size=256, n_layer=2, n_head=2, n_embd=32))
         with torch.no_grad():
             model.transformer.ln_f.weight.zero_()
             model.transformer.ln_f.bias.fill_(1.0)
@@ -1031,10 +1069,8 @@ class TestGPT2(Case):
         with mock.patch.multiple(self.gpt2.SophiaG, step=watched_step, update_hessian=watched_update):
             self.train("a", "--optimizer", "sophia", "--steps", 12)
             self.assertEqual((steps, tokens), ([True] * 12, [(0, 64), (10, 64)]))
-            usual, steps[:], sizes[:] = sizes[0], [], []
-            # step 0 only: what one step does to the model is not asked here
-            self.train("b", *self.tiny[:2], "--optimizer", "sophia", "--init", self.dir / "sure", "--block_size", 16, "--steps", 1,
-                       "--n_layer", 2, "--batch_size", 4, "--eval_tokens", 256, "--sample_tokens", 4, tiny=False)
+            usual, sizes[:] = sizes[0], []
+            self.train("b", "--optimizer", "sophia", "--init", self.dir / "sure", "--steps", 1)
         self.assertGreater(usual, 0)
         self.assertLess(sizes[0], 1e-6 * usual)
 
@@ -1053,7 +1089,8 @@ class TestGPT2(Case):
         a = self.train("a", "--lr", 0.01, "--warmup", 4, "--steps", 12, "--log_every", 1)
         for row in (row for row in a.rows if "loss" in row):  # a row's step counts the updates done
             n = row["step"] - 1
-            self.assertAlmostEqual(row["lr"], 0.01 * min((n + 1) / 5, (1 + math.cos(math.pi * max(0, n - 4) / 8)) / 2))
+            cosine = (1 + math.cos(math.pi * max(0, n - 4) / 8)) / 2
+            self.assertAlmostEqual(row["lr"], 0.01 * min((n + 1) / 5, cosine))
 
     # data
 
@@ -1065,7 +1102,7 @@ class TestGPT2(Case):
         self.same(a, b)
         self.assertFalse(torch.equal(a[0], c[0]))
         self.assertEqual((a[0].dtype, a[0].shape, a[1].shape), (torch.int64, (500, 16), (500, 16)))
-        self.assertTrue((a[0][:, 1:] == a[0][:, :-1] + 1).all() and (a[1] == a[0] + 1).all())  # within one array, then
+        self.assertTrue((a[0].diff() == 1).all() and (a[1] == a[0] + 1).all())  # within one array, then
         starts = collections.Counter(a[0][:, 0].tolist())
         self.assertEqual(set(starts), {*range(100, 124), 300})  # all places there are, 500 among 25
         self.assertLess(max(starts.values()), 50)
@@ -1118,7 +1155,8 @@ class TestGPT2(Case):
         for path in (self.dir / "f", self.dir / "one.bin"):
             train, val = self.load(path)
             self.assertTrue(all(isinstance(a, np.memmap) for a in train.arrays + val.arrays))
-            self.assertTrue(np.array_equal(self.tokens(train), ids[:900]) and np.array_equal(self.tokens(val), ids[900:]))
+            self.assertTrue(np.array_equal(self.tokens(train), ids[:900])
+                            and np.array_equal(self.tokens(val), ids[900:]))
         x, y = train.batch((0,), 8)
         for row, target in zip(x.tolist(), y.tolist()):
             self.assertIn(np.array(row + target[-1:], np.uint16).tobytes(), ids.tobytes())
@@ -1135,7 +1173,7 @@ class TestGPT2(Case):
         self.assertEqual(self.bpe().encode("Hello world").tolist(), [15496, 995])  # as OpenAI's encoder has it
 
     def test_instructions(self):
-        """The loss is on the answer and its stop token, nothing else; both kinds of row; padding and prompt masked."""
+        """The loss is on the answer and its stop token, nothing else, whichever the kind of row."""
         rows = [dict(instruction="Add.", input="1 2", output="3"), dict(prompt="Hi", response="Ho é"),
                 dict(instruction="Go", output="gone"), dict(instruction="Sep", input="", output="a\u2028b")] * 5
         path, T = self.dir / "rows.jsonl", 80
@@ -1144,14 +1182,16 @@ class TestGPT2(Case):
         x, y = (torch.cat(parts) for parts in zip(*(
             [F.pad(t, (0, T - t.size(1)), value=v) for t, v in zip(batch, (0, -100))] for part in (train, val)
             for batch in part.batches(3))))
-        heads = [b"### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n", b"### Instruction:\nHi\n\n### Response:\n",
+        heads = [b"### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n",
+                 b"### Instruction:\nHi\n\n### Response:\n",
                  b"### Instruction:\nGo\n\n### Response:\n", b"### Instruction:\nSep\n\n### Response:\n"] * 5
         answers = ["3", "Ho é", "gone", "a\u2028b"] * 5
         self.assertEqual((len(train.arrays), len(val.arrays), len(x)), (18, 2, 20))
         for row, target, head, answer in zip(x.tolist(), y.tolist(), heads, answers):
             answer = answer.encode() + b"\0"
             self.assertEqual(bytes(row[:len(head) + len(answer) - 1]), head + answer[:-1])
-            self.assertEqual(target, [-100] * (len(head) - 1) + [*answer] + [-100] * (T - len(head) - len(answer) + 1))
+            padding = T + 1 - len(head) - len(answer)
+            self.assertEqual(target, [-100] * (len(head) - 1) + [*answer] + [-100] * padding)
         self.same(train.batch((1,), 5), train.batch((1,), 5))
         drawn = {bytes(t for t in row if t >= 0) for row in train.batch((0,), 200)[1].tolist()}
         self.assertEqual(drawn, {a.encode() + b"\0" for a in answers[:18]})
@@ -1167,7 +1207,7 @@ class TestGPT2(Case):
             for window in windows if limit is None else [windows[i * len(windows) // 3] for i in range(3)]:
                 ids = torch.from_numpy(window)[None]
                 nll += slow_nll(slow_gpt(conv1d(model.state_dict()), ids[:, :-1], 4), ids[:, 1:])
-                size += sum(1 + i % 3 for i in window[1:].tolist())
+                size += sum(1 + i % 3 for i in window[1:].tolist() if i != tokenizer.stop)  # a stop is no text
             loss = torch.stack(nll).mean().item()
             got = self.gpt2.evaluate(model, data, tokenizer, contextlib.nullcontext(), 3, limit)
             self.assertAlmostEqual(got["val_loss"], loss, delta=1e-5)
@@ -1186,11 +1226,16 @@ class TestGPT2(Case):
                 b = self.train(f"b{kind}", *flags, "--stop_at", 10)
                 self.assertEqual((b.ckpt["step"], b.rows[-1]["step"]), (10, 10))
                 self.assertFalse(torch.equal(*(r.ckpt["model"]["lm_head.weight"] for r in (a, b))))
+                with open(b.out / "log.jsonl", "a") as file:  # what a killed run may have left
+                    file.write('{"step": 12, "loss": 9.0}\n{"step": 13, "lo')
                 b = self.train(f"b{kind}", "--resume", tiny=False)
                 self.same_run(a, b)
                 self.assertEqual(sum("final" in row for row in b.rows), 1)
                 again = self.train(f"b{kind}", "--resume", tiny=False)  # nothing is left to do
                 self.same_run(a, again)
+                (b.out / "log.jsonl").unlink()
+                c = self.train(f"b{kind}", "--resume", tiny=False)
+                self.assertEqual(c.rows[-1]["val_loss"], b.rows[-1]["val_loss"])
                 free = ("out", "resume", "n_kv_head")  # None or n_head: the same
                 self.assertEqual(*({k: v for k, v in r.ckpt["config"].items() if k not in free} for r in (a, b)))
 
@@ -1198,10 +1243,13 @@ class TestGPT2(Case):
         """A flag given with --resume counts: here the rate, which the optimizer's saved state has too."""
         for kind in ("adamw", "muon"):
             self.train(kind, "--optimizer", kind, "--stop_at", 10)
-            b = self.train(kind, "--resume", "--lr", 0.0007, "--weight_decay", 0.03, "--warmup", 0, "--log_every", 1, tiny=False)
+            b = self.train(kind, "--resume", "--lr", 0.0007, "--weight_decay", 0.03, "--warmup", 0,
+                           "--log_every", 1, tiny=False)
             [row] = [row for row in b.rows if row["step"] == 11 and "loss" in row]
             self.assertAlmostEqual(row["lr"], 0.0007 / 2)  # step 10 of 20: half-way
             self.assertEqual(b.ckpt["optimizer"][0]["param_groups"][0]["weight_decay"], 0.03)
+            b = self.train(kind, "--resume", "--dtype", "float16", "--steps", 30, tiny=False)
+            self.assertEqual((b.ckpt["step"], b.ckpt["config"]["dtype"]), (30, "float16"))
 
     def test_evaluation_changes_nothing(self):
         runs = [self.train(f"e{every}", "--dropout", 0.1, "--eval_every", every, "--log_every", log)
@@ -1212,19 +1260,19 @@ class TestGPT2(Case):
         self.assertNotEqual(self.train("s", "--seed", 7).losses, self.train("t").losses)
 
     def test_dropout_seeds(self):
-        """Each step has masks of its own, drawn from seed and step: on one batch, with weights as good as frozen, losses differ
-        from step to step, and are the same in a second run."""
+        """Each step has masks of its own, drawn from seed and step: on one batch, with weights as good as frozen,
+        losses differ from step to step, and are the same in a second run."""
         batch, losses = self.gpt2.Tokens.batch, []
         with mock.patch.object(self.gpt2.Tokens, "batch", lambda data, seed, size: batch(data, (0,), size)):
             for dropout, seed in ((0.0, 1), (0.5, 1), (0.5, 1), (0.5, 2)):
-                losses.append(self.train("a", "--init", self.base(), "--dropout", dropout, "--seed", seed, "--lr", 1e-12, "--adam_lr",
-                                         1e-12, "--steps", 4, "--log_every", 1).losses)
+                flags = ["--dropout", dropout, "--seed", seed, "--lr", 1e-12, "--adam_lr", 1e-12, "--steps", 4]
+                losses.append(self.train("a", "--init", self.base(), *flags, "--log_every", 1).losses)
         self.assertEqual([len(set(run.values())) for run in losses], [1, 4, 4, 4])
         self.assertEqual(losses[1], losses[2])
         self.assertFalse({*losses[2].values()} & {*losses[3].values()})
 
     def test_gradient(self):
-        """One step's gradient is that of all micro-batches together, clipped: AdamW's first momentum is a tenth of it."""
+        """A step's gradient is all micro-batches' together, clipped: AdamW's first momentum is a tenth of it."""
         model = self.gpt2.GPT.from_pretrained(self.base())
         seen, batch = [], self.gpt2.Tokens.batch
 
@@ -1232,12 +1280,12 @@ class TestGPT2(Case):
             seen.append(batch(data, *args))
             return seen[-1]
 
-        for clip in (0, 0.01):
+        for clip, dtype, tolerance in (0, "float32", 1e-4), (0.01, "float32", 1e-4), (0.01, "float16", 0.03):
             seen.clear()
             flags = ["--init", self.base(), "--optimizer", "adamw", "--grad_accum", 2, "--steps", 1,
-                     "--grad_clip", clip]
+                     "--grad_clip", clip, "--dtype", dtype]  # fp16: its scaler's factor is gone before clipping
             with mock.patch.object(self.gpt2.Tokens, "batch", watched):
-                saved = self.train(f"c{clip}", *flags).ckpt
+                saved = self.train("a", *flags).ckpt
             x, y = (torch.cat(parts) for parts in zip(*seen))
             self.assertEqual((x.shape, len({tuple(row) for row in x.tolist()})), ((8, 16), 8))  # micro-batches differ
             w = {k: v.double().requires_grad_() for k, v in conv1d(model.state_dict()).items()}
@@ -1248,21 +1296,23 @@ class TestGPT2(Case):
             order = [k for p in (2, 1) for k, v in model.named_parameters() if v.dim() == p]
             [state] = saved["optimizer"]
             for n, name in enumerate(order):
-                self.close(state["state"][n]["exp_avg"], 0.1 * grads[name] * (min(1, clip / norm) if clip else 1), 1e-4, name)
+                clipped = grads[name] * (clip / norm if clip else 1)
+                self.close(state["state"][n]["exp_avg"], 0.1 * clipped, tolerance, name)
 
     def test_overfits(self):
         """60 bytes are learned by heart, and greedy sampling says them."""
         line = b"Franz jagt im komplett verwahrlosten Taxi quer durch Bayern."
         self.text.write_bytes(line * 40)
-        a = self.train("a", "--steps", 120, "--eval_every", 120, "--block_size", 64, "--optimizer", "adamw", "--lr", 0.01)
+        a = self.train("a", "--steps", 120, "--eval_every", 120, "--block_size", 64, "--optimizer", "adamw",
+                       "--lr", 0.01)
         self.assertLess(a.rows[-1]["val_loss"], 0.1)
         self.assertLess(a.losses[120], 0.1)
-        status, out, err = run("gpt2", "--sample_only", "--out", a.out, "--prompt", "Franz jagt im", "--temperature", 0,
-                               "--sample_tokens", 47)
+        status, out, err = run("gpt2", "--sample_only", "--out", a.out, "--prompt", "Franz jagt im",
+                               "--temperature", 0, "--sample_tokens", 47)
         self.assertEqual((status, out, err), (0, line.decode() + "\n", ""))
 
     def test_early_stopping(self):
-        """A text whose end is unlike its start: validation gets worse, patience ends the run, best.pt keeps the best."""
+        """A text whose end is unlike its start: validation gets worse, patience ends the run, best.pt is the best."""
         self.text.write_text("abcdefgh" * 900 + "hgfedcba" * 100)
         flags = ["--steps", 500, "--eval_every", 5, "--patience", 3, "--lr", 0.02]
         a = self.train("a", *flags)
@@ -1283,8 +1333,8 @@ class TestGPT2(Case):
         for every in (100, 1):  # with an evaluation between, too
             with self.subTest(eval_every=every):
                 out = self.dir / str(every)
-                status, text, err = run("gpt2", *self.tiny, "--out", out, "--optimizer", "adamw", "--lr", 1e18, "--warmup", 0,
-                                        "--log_every", 1, "--eval_every", every)
+                status, text, err = run("gpt2", *self.tiny, "--out", out, "--optimizer", "adamw", "--lr", 1e18,
+                                        "--warmup", 0, "--log_every", 1, "--eval_every", every)
                 self.assertEqual(status, 1, err)
                 self.assertRegex(err, r"\Agpt2\.py: [^\n]*(nan|inf)[^\n]* step 1\b[^\n]*\n\Z")
                 saved = torch.load(out / "ckpt.pt", weights_only=True)
@@ -1316,42 +1366,41 @@ class TestGPT2(Case):
 
     @unittest.skipUnless(hasattr(os, "fork"), "needs fork")
     def test_kill(self):
-        """kill -9 at some moment after step 5 and 10, in the middle of a checkpoint's write, just before its rename: each run
-        goes on bit for bit."""
+        """kill -9 at some moment soon after the 6th and the 10th step began, in the middle of a checkpoint's write,
+        just before its rename: each run goes on bit for bit."""
         flags = [str(f) for f in (*self.tiny, "--dropout", 0.1)]
         code = f"""if True:
-            import os, random, signal, time, torch, torch._dynamo  # which optimizers import, once for all here
+            import os, random, signal, threading, time, torch, torch._dynamo  # once for all
             import gpt2
-            def dies_at(number, counts, do, first):
+            def die(*_):
+                os.kill(os.getpid(), signal.SIGKILL)
+            def soon(*_):
+                threading.Timer(0.05 * random.random(), die).start()
+            def half(content, file):
+                file.write(b"half a checkpoint")
+                file.flush()
+                die()
+            def at(number, counts, do, first):
                 seen = []
                 def wrapped(*args, **kwargs):
                     seen.extend([1] * counts(*args))
                     if len(seen) == number:
                         first(*args)
-                        os.kill(os.getpid(), signal.SIGKILL)
                     return do(*args, **kwargs)
                 return wrapped
-            def half(content, file, *_):
-                file.write(b"half a checkpoint")
-                file.flush()
-            batch, save, replace = gpt2.Tokens.batch, torch.save, os.replace
-            for trial, when in enumerate((5, 10, "save", "rename")):
-                out = f"{self.dir}/k{{trial}}"
+            for trial, when in enumerate((6, 10, "write", "rename")):
                 pid = os.fork()
                 if not pid:
                     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-                    gpt2.Tokens.batch = lambda *args: (time.sleep(0.02), batch(*args))[1]  # time enough to be killed
-                    if when == "save":
-                        torch.save = dies_at(2, lambda content, file: "ckpt" in file.name, save, half)
-                    if when == "rename":
-                        os.replace = dies_at(2, lambda old, new: str(new).endswith("ckpt.pt"), replace, lambda *_: None)
-                    os._exit(gpt2.main({flags!r} + ["--out", out]))
-                while isinstance(when, int):
-                    time.sleep(0.001)
-                    if os.path.exists(f"{{out}}/log.jsonl") and f'"step": {{when}},' in open(f"{{out}}/log.jsonl").read():
-                        time.sleep(random.random() * 0.05)
-                        os.kill(pid, signal.SIGKILL)
-                        break
+                    batch = gpt2.Tokens.batch
+                    if when == "write":
+                        torch.save = at(2, lambda content, file: "ckpt" in file.name, torch.save, half)
+                    elif when == "rename":
+                        os.replace = at(2, lambda old, new: "ckpt" in str(new), os.replace, die)
+                    else:
+                        slow = lambda *args: (time.sleep(0.02), batch(*args))[1]  # death comes before the end
+                        gpt2.Tokens.batch = at(when, lambda *_: True, slow, soon)
+                    os._exit(gpt2.main({flags!r} + ["--out", f"{self.dir}/k{{trial}}"]))
                 print(os.WTERMSIG(os.waitpid(pid, 0)[1]))"""
         done = child("-c", code)
         self.assertEqual((done.stdout, done.stderr), ("9\n" * 4, ""))
@@ -1360,12 +1409,12 @@ class TestGPT2(Case):
             with self.subTest(trial=trial):
                 left = self.dir / f"k{trial}"
                 step = torch.load(left / "ckpt.pt", weights_only=True)["step"]
-                self.assertEqual(step, {0: 0, 2: 0, 3: 0}.get(trial, step))
+                self.assertIn(step, (0, 10) if trial < 2 else (0,))
                 self.same_run(a, self.train(f"k{trial}", "--resume", tiny=False))
                 self.assertEqual({p.name for p in left.iterdir()}, {p.name for p in a.out.iterdir()})
 
     def test_full_disk(self):
-        """A write that the system refuses (here: a limit on a file's size) keeps the old checkpoint; status 1, one line."""
+        """A write that the system refuses (a limit on a file's size) keeps the old checkpoint; status 1, one line."""
         try:
             import resource
         except ImportError:
@@ -1393,8 +1442,8 @@ class TestGPT2(Case):
     def test_torchrun(self):
         """Two processes update as one does with twice the accumulation; the checkpoint's names are plain."""
         flags = [*self.tiny, "--steps", 6, "--grad_accum", 2]
-        done = child("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", HERE / "gpt2.py", *flags, "--out",
-                     self.dir / "two", cwd=self.dir)
+        done = child("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", HERE / "gpt2.py", *flags,
+                     "--out", self.dir / "two", cwd=self.dir)
         self.assertEqual(done.returncode, 0, done.stderr[-2000:])
         one, two = self.train("one", *flags, "--grad_accum", 4), self.look(self.dir / "two")
         self.assertEqual(list(one.ckpt["model"]), list(two.ckpt["model"]))
@@ -1412,16 +1461,26 @@ class TestGPT2(Case):
                 b = self.train("b", "--init", a.out / "best.pt", "--steps", 2, "--lr", 1e-9, "--adam_lr", 1e-9)
                 self.assertEqual(b.val[0], min(a.val.values()))
                 self.assertEqual((b.ckpt["step"], b.ckpt["config"]["steps"]), (2, 2))
-                status, out, err = run("gpt2", "--sample_only", "--init", a.out / "best.pt", "--prompt", "the", "--seed", 3)
+                status, out, err = run("gpt2", "--sample_only", "--init", a.out / "best.pt", "--prompt", "the",
+                                       "--seed", 3)
                 self.assertEqual((status, err), (0, ""))
                 self.assertTrue(out.startswith("the"))
                 self.assertEqual(out, run("gpt2", "--sample_only", "--out", a.out, "--prompt", "the", "--seed", 3)[1])
 
+    def test_terminal(self):
+        """A terminal that lacks a letter gets another one, not a traceback."""
+        a = self.train("a", "--steps", 1)
+        with mock.patch.dict(os.environ, PYTHONIOENCODING="ascii"):
+            done = child(HERE / "gpt2.py", "--sample_only", "--out", a.out, "--prompt", "Köln")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertRegex(done.stdout, r"\AK[?]ln")
+
     def test_eval_only(self):
-        """A checkpoint's figures on a text are those of the run that made it, and nothing is written."""
-        a = self.train("a", "--eval_tokens", 0)
+        """A checkpoint's figures on the validation part are those of its run, and nothing is written."""
+        a, raw = self.train("a", "--eval_tokens", 0), TEXT.encode()
+        (self.dir / "val.txt").write_bytes(raw[int(len(raw) * 0.9):])
         before = snapshot(self.dir)
-        status, out, err = run("gpt2", "--eval_only", "--out", a.out)
+        status, out, err = run("gpt2", "--eval_only", "--out", a.out, "--data", self.dir / "val.txt")
         self.assertEqual((status, err, snapshot(self.dir)), (0, "", before))
         self.assertIn(f"{min(a.val.values()):.4f}", out.splitlines()[-1])
 
@@ -1459,19 +1518,38 @@ class TestGPT2(Case):
                 status, _, err = run("gpt2", "--sample_only", "--out", b.out)
                 self.assertEqual((status, err), (0, ""))
 
+    def test_compile(self):
+        """The compiled model (here: one that counts) trains; checkpoints have plain names, the run is the same."""
+        calls = []
+
+        class Compiled(torch.nn.Module):
+            def __init__(self, model, **_):
+                super().__init__()
+                self._orig_mod = model
+
+            def forward(self, *args):
+                calls.append(args)
+                return self._orig_mod(*args)
+
+        with mock.patch.object(torch, "compile", Compiled):
+            b = self.train("b", "--compile")
+        self.assertGreaterEqual(len(calls), 20)
+        self.same_run(self.train("a"), b)
+
     def test_instruction_tuning(self):
         """Three answers learned by heart, stop token included; --sample_only puts the template around the prompt."""
         answers = {"Capital of France?": "Paris.", "Zwei plus zwei?": "Vier, natürlich.", "Colour of snow?": "White"}
         for at in ("rows.jsonl", "folder/rows.jsonl"):
             path = self.dir / at
             path.parent.mkdir(exist_ok=True)
-            path.write_text("".join(json.dumps(dict(instruction=q, output=a)) + "\n" for q, a in answers.items()) * 10)
+            rows = [json.dumps(dict(instruction=q, output=a)) + "\n" for q, a in answers.items()]
+            path.write_text("".join(rows * 10))
         for data, steps in ((self.dir / "rows.jsonl", 80), (self.dir / "folder", 2)):
-            a = self.train("a", "--data", data, "--block_size", 80, "--steps", steps, "--eval_every", 40, "--lr", 0.01,
-                           "--optimizer", "adamw", "--batch_size", 12)
+            a = self.train("a", "--data", data, "--block_size", 80, "--steps", steps, "--eval_every", 40,
+                           "--lr", 0.01, "--optimizer", "adamw", "--batch_size", 12)
             for question, answer in answers.items():
-                status, out, err = run("gpt2", "--sample_only", "--out", a.out, "--prompt", question, "--temperature", 0,
-                                       "--sample_tokens", 40)
+                status, out, err = run("gpt2", "--sample_only", "--out", a.out, "--prompt", question,
+                                       "--temperature", 0, "--sample_tokens", 40)
                 self.assertEqual((status, err), (0, ""))
                 self.assertTrue(out.startswith(f"### Instruction:\n{question}\n\n### Response:\n"), out)
                 if steps == 80:
@@ -1503,19 +1581,20 @@ class TestGPT2(Case):
     # bad input
 
     def test_bad_flags(self):
-        for flags in ("--n_embd 30", "--n_head 3", "--n_head 2 --n_kv_head 4", "--n_kv_head 0", "--no_such_flag 1", "--stp 5",
-                      "--step 5", "stray", "--optimizer sgd", "--pos absolute", "--dtype int8", "--tokenizer words",
-                      "--device nowhere", "--lr -1", "--lr nan", "--lr inf", "--lr 0", "--lr fast", "--steps 0", "--steps 1.5",
-                      "--steps -3", "--batch_size 0", "--block_size 0", "--eval_every 0", "--log_every 0", "--dropout 1.5",
-                      "--dropout nan", "--weight_decay -0.1", "--weight_decay inf", "--grad_clip nan", "--beta2 1",
-                      "--beta2 1.5", "--temperature -1", "--temperature nan", "--temperature inf", "--top_k 0", "--top_p 0",
-                      "--top_p 1.1", "--seed -1", "--stop_at 0", "--warmup -1", "--n_layer 0", "--grad_accum 0",
-                      "--n_embd 6 --n_head 2 --pos rope", "--resume --init x.pt", "--optimizer sophia --dtype float16",
-                      "--steps", "--prompt=", "--patience -1", "--adam_lr nan", "--sample_tokens -1"):
-            self.bad(*self.tiny, *shlex.split(flags))
+        for flags in """--n_embd 30, --n_head 3, --n_head 2 --n_kv_head 4, --n_kv_head 0, --n_embd 6 --pos rope,
+                --no_such_flag 1, --stp 5, --step 5, --steps, stray, --optimizer sgd, --pos absolute, --dtype int8,
+                --tokenizer words, --device nowhere, --lr -1, --lr nan, --lr inf, --lr 0, --lr fast, --adam_lr nan,
+                --steps 0, --steps 1.5, --steps -3, --stop_at 0, --warmup -1, --n_layer 0, --batch_size 0,
+                --grad_accum 0, --block_size 0, --eval_every 0, --log_every 0, --dropout 1.5, --dropout nan,
+                --weight_decay -0.1, --weight_decay inf, --grad_clip nan, --beta2 1, --beta2 1.5, --patience -1,
+                --seed -1, --prompt=, --sample_tokens -1, --temperature -1, --temperature nan, --temperature inf,
+                --top_k 0, --top_p 0, --top_p 1.1, --resume --init x.pt,
+                --optimizer sophia --dtype float16""".split(","):
+            self.bad(*self.tiny, *flags.split())
         self.bad(*self.tiny, "--lr", "nan", says=("--lr", "nan"))
         self.bad(*self.tiny, "--optimizer", "sgd", says=("sgd", "muon"))
         self.bad(*self.tiny, "--n_embd", 30, "--n_head", 4, says=(30, 4))
+        self.bad(*self.tiny, "--out", self.text, says="text.txt", status=1)
         # flags come before data
         self.bad("--data", self.dir / "nowhere", "--lr", "nan", says="--lr")
 
@@ -1529,17 +1608,20 @@ class TestGPT2(Case):
         row = json.dumps(dict(prompt="a", response="b")).encode() + b"\n"
         (self.dir / "empty").mkdir()
         for path, *says in (
-                (self.dir / "nowhere", "nowhere"), (self.dir / "nowhere.txt", "nowhere.txt"), (self.dir / "empty", "empty"),
+                (self.dir / "nowhere", "nowhere"), (self.dir / "no.txt", "no.txt"), (self.dir / "empty", "empty"),
                 (file("none.txt", b""), "none.txt"), (file("short.txt", b"0123456789"), "short.txt", 16),
                 (file("binary.txt", bytes(range(256)) * 9), "binary.txt"), (file("none.bin", b""), "none.bin"),
                 (file("odd.bin", b"abc" * 333), "odd.bin"), (file("short.bin", b"a\0" * 9), 16),
-                (file("large.bin", np.full(900, 999, np.uint16).tobytes()), 999, 256), (file("none.jsonl", b""), "none.jsonl"),
-                (file("one.jsonl", row), "one.jsonl"), (file("cut.jsonl", row * 2 + b'{"prompt": "a", "respo\n' + row), "line 3"),
+                (file("large.bin", np.full(900, 999, np.uint16).tobytes()), 999, 256),
+                (file("none.jsonl", b""), "none.jsonl"),
+                (file("one.jsonl", row), "one.jsonl"),
+                (file("cut.jsonl", row * 2 + b'{"prompt": "a", "respo\n' + row), "line 3"),
                 (file("field.jsonl", row + b'{"prompt": "a"}\n' + row), "line 2", "response"),
-                (file("list.jsonl", row * 4 + b'["a", "b"]\n'), "line 5"), (file("number.jsonl", row + b"7\n"), "line 2"),
+                (file("list.jsonl", row * 4 + b'["a", "b"]\n'), "line 5"),
+                (file("number.jsonl", row + b"7\n"), "line 2"),
                 (file("kind.jsonl", row + b'{"prompt": "a", "response": 7}\n'), "line 2"),
                 (file("null.jsonl", row + b'{"instruction": null, "output": "a"}\n'), "line 2"),
-                (file("long.jsonl", row + json.dumps(dict(prompt="a" * 99, response="b")).encode()), "line 2", "--block_size"),
+                (file("long.jsonl", row * 3 + row.replace(b"a", b"a" * 99)), "line 4", "--block_size"),
                 (file("latin.jsonl", row + '{"prompt": "ä", "response": "b"}\n'.encode("latin-1")), "latin.jsonl")):
             self.bad(*self.tiny, "--block_size", 40 if path.suffix == ".jsonl" else 16, "--data", path, says=says)
         with mock.patch("tiktoken.get_encoding", side_effect=OSError("no\nnetwork")):
@@ -1556,22 +1638,27 @@ class TestGPT2(Case):
         def without(key):
             return {k: v for k, v in saved.items() if k != key}
 
-        foreign = [checkpoint("list.pt", [1, 2]), checkpoint("tensor.pt", torch.zeros(3)), checkpoint("object.pt", Path("x"))]
+        foreign = [checkpoint("list.pt", [1, 2]), checkpoint("tensor.pt", torch.zeros(3)),
+                   checkpoint("object.pt", Path("x"))]
         foreign += [checkpoint(f"no_{key}.pt", without(key)) for key in ("model", "config", "step", "model_config")]
         foreign += [checkpoint("more.pt", saved | dict(model_config=saved["model_config"] | dict(pool="cls")))]
-        foreign += [checkpoint("shape.pt", saved | dict(model=saved["model"] | {"transformer.ln_f.weight": torch.ones(31)}))]
+        shape = saved["model"] | {"transformer.ln_f.weight": torch.ones(31)}
+        foreign += [checkpoint("shape.pt", saved | dict(model=shape))]
         foreign += [checkpoint("names.pt", saved | dict(model={"cls_token": torch.ones(1)}))]
         for name, content in (("cut.pt", good[:len(good) // 2]), ("noise.pt", os.urandom(5000)), ("none.pt", b""),
-                              ("pickle.pt", b"cos\nsystem\n(S'true'\ntR."), ("flipped.pt", good[:99] + b"?" * 200 + good[299:])):
+                              ("pickle.pt", b"cos\nsystem\n(S'true'\ntR."),
+                              ("flipped.pt", good[:99] + b"?" * 200 + good[299:])):
             (self.dir / name).write_bytes(content)
             foreign.append(self.dir / name)
         for path in (*foreign, self.dir / "nowhere.pt"):
             self.bad(*self.tiny, "--init", path, says=path.name)
-            self.bad("--sample_only", "--init", path, says=path.name)
+        self.bad("--sample_only", "--init", foreign[-1], says=foreign[-1].name)
         self.bad(*self.tiny, "--resume", "--out", self.dir / "none", says="ckpt.pt")
         self.bad("--sample_only", "--out", self.dir / "none", says="best.pt")
         self.bad("--eval_only", "--out", self.dir / "none", says="best.pt")
-        for flags in ("--n_embd 64", "--n_layer 3", "--n_head 1", "--n_kv_head 1", "--pos learned", "--block_size 32",
+        default = self.gpt2.Config  # what is given counts, though it be the default
+        for flags in ("--n_embd 64", "--n_layer 5", "--n_head 1", "--n_kv_head 1", "--pos learned", "--block_size 32",
+                      f"--n_embd {default.n_embd}", f"--n_layer {default.n_layer}", f"--n_head {default.n_head}",
                       "--optimizer adamw", "--optimizer adam", "--optimizer lion", "--optimizer sophia"):
             self.bad("--resume", "--out", a.out, *flags.split(), says=flags.split()[0])
         self.train("b", "--optimizer", "adamw")
@@ -1591,6 +1678,203 @@ class TestGPT2(Case):
         done = child(HERE / "gpt2.py", "--lr", "nan", cwd=self.dir)
         self.assertEqual((done.returncode, done.stdout, snapshot(self.dir).keys()), (2, "", {"text.txt"}))
         self.assertRegex(done.stderr, r"\Agpt2\.py: [^\n]+\n\Z")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# benchmarks: not part of the tests, run by name. Each prints what it measured; ratios come from runs in turn.
+
+
+def plain_gpt(block_size, n_layer, n_head, n_embd, vocab_size):
+    """GPT-2 as torch's own modules give it, with the loop's usual habits: the yardstick for speed."""
+
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            C = n_embd
+            self.wte, self.wpe, self.ln_f = nn.Embedding(vocab_size, C), nn.Embedding(block_size, C), nn.LayerNorm(C)
+            self.blocks = nn.ModuleList(nn.ModuleDict(dict(
+                ln_1=nn.LayerNorm(C), c_attn=nn.Linear(C, 3 * C), proj=nn.Linear(C, C), ln_2=nn.LayerNorm(C),
+                c_fc=nn.Linear(C, 4 * C), out=nn.Linear(4 * C, C))) for _ in range(n_layer))
+            self.head = nn.Linear(C, vocab_size, bias=False)
+            self.head.weight = self.wte.weight
+            for name, p in self.named_parameters():
+                if p.dim() == 2:
+                    nn.init.normal_(p, std=0.02 / (math.sqrt(2 * n_layer) if "proj" in name or "out" in name else 1))
+                elif "bias" in name:
+                    nn.init.zeros_(p)
+
+        def forward(self, idx, targets):
+            B, T = idx.shape
+            x = self.wte(idx) + self.wpe(torch.arange(T))
+            for b in self.blocks:
+                q, k, v = (t.view(B, T, n_head, -1).transpose(1, 2) for t in b.c_attn(b.ln_1(x)).chunk(3, dim=-1))
+                y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+                x = x + b.proj(y.transpose(1, 2).reshape(B, T, -1))
+                x = x + b.out(F.gelu(b.c_fc(b.ln_2(x)), approximate="tanh"))
+            logits = self.head(self.ln_f(x))
+            return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    return Plain()
+
+
+def plain_step(model, optimizer, x, y):
+    loss = model(x, y)[1]
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return loss.item()
+
+
+def in_turn(functions, rounds, warm=3):
+    """{name: seconds, one a round}, the functions called one after the other in every round."""
+    times = {name: [] for name in functions}
+    for i in range(rounds + warm):
+        for name, f in functions.items():
+            begin = time.perf_counter()
+            f()
+            if i >= warm:
+                times[name].append(time.perf_counter() - begin)
+    return times
+
+
+def ratio(times, a, b):
+    """Median over rounds of a's time over b's."""
+    return statistics.median(x / y for x, y in zip(times[a], times[b]))
+
+
+class BenchGPT2:
+    """python tests.py BenchGPT2.NAME, where NAME is one of the methods; nothing else should run meanwhile."""
+
+    def speed(self):
+        """Training: gpt2.py's step, eager and compiled, against the plain eager loop with the same model and batch."""
+        gpt2 = importlib.import_module("gpt2")
+        for label, shape, batch, rounds in (("small", (64, 4, 4, 128, 256), 12, 40),
+                                            ("124M", (256, 12, 12, 768, 50257), 4, 6)):
+            T, L, H, C, V = shape
+            data = gpt2.Tokens([np.random.default_rng(0).integers(V, size=50_000).astype(np.uint16)], T, V)
+            run = {}
+            plain = plain_gpt(*shape)
+            plain_opt = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.1)
+
+            def plain_run():
+                x, y = data.batch((0, 0), batch)
+                plain_step(plain, plain_opt, x, y)
+
+            run["plain"] = plain_run
+            c = gpt2.Config(optimizer="adamw", lr=1e-3, batch_size=batch, block_size=T, steps=10**6)
+
+            def our_run(model, optimizers, scaler, counter):
+                return gpt2.training_step(model, optimizers, scaler, contextlib.nullcontext(), data, c, next(counter),
+                                          torch.device("cpu"), 0, 1).item()
+
+            for name in ("gpt2.py", "compiled"):
+                model = gpt2.GPT(gpt2.GPTConfig(T, V, L, H, C))
+                optimizers, scaler = gpt2.make_optimizers(model, c), torch.amp.GradScaler("cpu", enabled=False)
+                model = torch.compile(model) if name == "compiled" else model
+                run[name] = functools.partial(our_run, model, optimizers, scaler, itertools.count())
+            times = in_turn(run, rounds)
+            tokens = batch * T
+            for name, t in times.items():
+                ms = 1e3 * statistics.median(t)
+                print(f"{label:>6} {name:>9} {ms:8.1f} ms {1e3 * tokens / ms:8.0f} tokens/s, "
+                      f"{ratio(times, 'plain', name):.3f} times plain", flush=True)
+
+    def sampling(self):
+        """124M, batch 1, greedy: cached tokens per second against reading as many bytes of weights by F.linear."""
+        gpt2 = importlib.import_module("gpt2")
+        model = gpt2.GPT(gpt2.GPTConfig()).eval()
+        n = sum(p.numel() for p in model.parameters()) - model.transformer.wpe.weight.numel()
+        prompt = torch.randint(50257, (1, 16))
+        for dtype in (torch.float32, torch.bfloat16):
+            model = model.to(dtype)
+            matrices = [torch.randn(3072, 768, dtype=dtype) for _ in range(n // (3072 * 768))]
+            x = torch.randn(1, 768, dtype=dtype)
+            stream = model.stream(prompt, 1000, temperature=0.0)
+            next(stream)
+            times = in_turn(dict(read=lambda: [F.linear(x, w) for w in matrices], token=lambda: next(stream)), 60)
+            late = model.stream(torch.randint(50257, (1, 960)), 60, temperature=0.0)
+            next(late)
+            late_times = in_turn(dict(token=lambda: next(late)), 40)
+            token = statistics.median(times["token"])
+            print(f"{dtype}: {1 / token:.1f} tokens/s, {ratio(times, 'read', 'token'):.3f} of reading the weights; at "
+                  f"position 970 {1 / statistics.median(late_times['token']):.1f} tokens/s", flush=True)
+
+    def memory(self):
+        """A .bin of 3 GB: anonymous memory (RssAnon) after training on it for 30 steps, beside the same with 3 MB."""
+        with tempfile.TemporaryDirectory() as folder:
+            for size in (3 * 10**6, 3 * 10**9):
+                path = Path(folder) / f"{size}.bin"
+                chunk = np.random.default_rng(0).integers(256, size=1_500_000).astype(np.uint16).tobytes()
+                with open(path, "wb") as file:
+                    for _ in range(size // len(chunk)):
+                        file.write(chunk)
+                code = ("import sys, gpt2; s = gpt2.main(sys.argv[1:]); "
+                        "print([l for l in open('/proc/self/status') if 'RssAnon' in l][0].split()[1], s)")
+                flags = ["--data", path, "--steps", "30", "--out", f"{folder}/out", "--sample_tokens", "1"]
+                out = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True, cwd=HERE)
+                kb, status = out.stdout.split()[-2:]
+                print(f"{size / 1e9:.3f} GB: {int(kb) / 1e3:.0f} MB of anonymous memory, status {status}", flush=True)
+                path.unlink()
+
+    def shakespeare(self):
+        """Validation loss in the time that 2,000 steps of the well-known small CPU setting take in a plain eager
+        loop (4 layers, 4 heads, width 128, 12 × 64 bytes, AdamW 1e-3 to 1e-4); gpt2.py's defaults beside it."""
+        gpt2 = importlib.import_module("gpt2")
+        torch.manual_seed(0)
+        train, val = gpt2.load_data("shakespeare", "data", gpt2.make_tokenizer("bytes"), 64)
+        model = plain_gpt(64, 4, 4, 128, 256)
+        decay = [dict(params=[p for p in model.parameters() if p.dim() > 1], weight_decay=0.1),
+                 dict(params=[p for p in model.parameters() if p.dim() < 2], weight_decay=0.0)]
+        optimizer = torch.optim.AdamW(decay, lr=1e-3, betas=(0.9, 0.99))
+        begin = time.perf_counter()
+        for step in range(2000):
+            for group in optimizer.param_groups:
+                group["lr"] = gpt2.learning_rate(step, 1e-3, 100, 2000, 0.1)
+            plain_step(model, optimizer, *train.batch((0, step), 12))
+        seconds = time.perf_counter() - begin
+        loss = gpt2.evaluate(model, val, gpt2.make_tokenizer("bytes"), contextlib.nullcontext(), 8)["val_loss"]
+        print(f"plain loop: 2,000 steps in {seconds:.0f} s, val loss {loss:.4f}", flush=True)
+        gpt2.main(["--data", "shakespeare", "--out", "out/bench"])
+
+    def optimizers(self):
+        """500 steps on Shakespeare with each optimiser: a sweep of its learning rate on seed 0, then seeds 1, 2, 3 at
+        the best. One log a run in assets/logs/gpt2/."""
+        gpt2 = importlib.import_module("gpt2")
+        grid = dict(adamw=(1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), adam=(1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
+                    lion=(1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3), sophia=(5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
+                    muon=(5e-3, 1e-2, 2e-2, 4e-2, 8e-2))
+        folder = HERE / "assets" / "logs" / "gpt2"
+        folder.mkdir(parents=True, exist_ok=True)
+
+        def run(name, lr, seed):
+            with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
+                flags = dict(data="shakespeare", data_dir=HERE / "data", out=out, optimizer=name, lr=lr, seed=seed,
+                             steps=500, eval_every=100, sample_tokens=1)
+                gpt2.main([str(part) for name, value in flags.items() for part in (f"--{name}", value)])
+                rows = [json.loads(line) for line in open(f"{out}/log.jsonl")]
+                config = json.load(open(f"{out}/config.json"))
+            config = {name: value for name, value in config.items() if name not in ("data_dir", "out")}
+            text = "".join(json.dumps(row) + "\n" for row in [dict(config=config, **about("gpt2.py")), *rows])
+            (folder / f"{name}_lr{lr:g}_seed{seed}.jsonl").write_text(text)
+            return rows[-1]
+
+        for name, rates in grid.items():
+            swept = {lr: run(name, lr, 0)["val_loss"] for lr in rates}
+            best = min(swept, key=swept.get)
+            finals = [run(name, best, seed) for seed in (1, 2, 3)]
+            losses = [row["val_loss"] for row in finals]
+            sweep = " ".join(f"{lr:g}: {loss:.4f}" for lr, loss in swept.items())
+            print(f"{name:>7} | sweep {sweep} | lr {best:g} | val loss {statistics.mean(losses):.4f} ± "
+                  f"{statistics.stdev(losses):.4f} (n = 3) | {statistics.mean(row['seconds'] for row in finals):.1f} s",
+                  flush=True)
+
+
+def about(script):
+    """What a log says of where it was made."""
+    cpu = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line]
+    return dict(script=script, sha256=hashlib.sha256((HERE / script).read_bytes()).hexdigest(), torch=torch.__version__,
+                device=f"{len(cpu)} x {cpu[0]}")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1614,6 +1898,9 @@ class Result(unittest.TextTestResult):
 
 
 def main():
+    if sys.argv[1:] and sys.argv[1].startswith("Bench"):
+        bench, name = sys.argv[1].split(".")
+        return getattr(globals()[bench](), name)()
     runner = unittest.TextTestRunner(sys.stdout, resultclass=Result, warnings="ignore")
     result = unittest.main(testRunner=runner, exit=False).result
     for name, seconds in sorted(result.seconds.items(), key=lambda item: -item[1])[:5]:

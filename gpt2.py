@@ -85,9 +85,9 @@ class Config:
     batch_size: int = 8  # sequences per micro-batch
     grad_accum: int = 1  # micro-batches per step and process
     # run
-    steps: int = 2000  # updates of the parameters
+    steps: int = 1800  # updates of the parameters
     stop_at: int | None = None  # end at this step, the schedule unchanged
-    eval_every: int = 500  # steps between evaluations; each is followed by a checkpoint and a sample
+    eval_every: int = 300  # steps between evaluations; each is followed by a checkpoint and a sample
     eval_tokens: int = 131072  # at most so many validation tokens an evaluation, windows evenly spread; 0: all
     patience: int = 0  # stop after so many evaluations without a better one; 0: never
     log_every: int = 10  # steps between log lines
@@ -420,13 +420,13 @@ def newton_schulz(g, steps=5):
 
     The polynomial a σ + b σ³ + c σ⁵ works on every singular value σ through matrix products alone.
     """
-    x = g.bfloat16() if g.is_cuda else g.float()
+    x = (g.bfloat16() if g.is_cuda else g.float()).reshape(-1, *g.shape[-2:])  # (N, n, m)
     x = x.mT if g.size(-2) > g.size(-1) else x  # x xᵀ is then the smaller square
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # no singular value above 1
-    for _ in range(steps):
-        gram = x @ x.mT  # (..., n, n)
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return (x.mT if g.size(-2) > g.size(-1) else x).type_as(g)
+    for _ in range(steps):  # x ← a x + (b x xᵀ + c (x xᵀ)²) x
+        gram = x @ x.mT  # (N, n, n)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return (x.mT if g.size(-2) > g.size(-1) else x).reshape(g.shape).type_as(g)
 
 
 class Muon(torch.optim.Optimizer):
@@ -580,7 +580,7 @@ def load_rows(path, tokenizer, T):
     """.jsonl rows {"instruction", "input", "output"} or {"prompt", "response"} as arrays of T + 1. The loss is on the
     answer and the stop token behind it. Raises ValueError with the line of a bad row."""
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").strip().split("\n"), 1):  # JSON may hold U+2028
+    for number, line in enumerate(path.read_text(encoding="utf-8").rstrip().split("\n"), 1):  # JSON may hold U+2028
         with one_line(f"{path} line {number}: want an object with instruction, input, output or with prompt, response"):
             row = json.loads(line)
             texts = (template(row["prompt"]), row["response"]) if "prompt" in row else (

@@ -1837,20 +1837,20 @@ class BenchGPT2:
         print(f"plain loop: 2,000 steps in {seconds:.0f} s, val loss {loss:.4f}", flush=True)
         gpt2.main(["--data", "shakespeare", "--out", "out/bench"])
 
-    def optimizers(self):
+    def optimizers(self, *names):
         """500 steps on Shakespeare with each optimiser: a sweep of its learning rate on seed 0, then seeds 1, 2, 3 at
-        the best. One log a run in assets/logs/gpt2/."""
+        the best, chosen by validation loss. One log a run in assets/logs/gpt2/."""
         gpt2 = importlib.import_module("gpt2")
-        grid = dict(adamw=(1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), adam=(1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
-                    lion=(1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3), sophia=(5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
-                    muon=(5e-3, 1e-2, 2e-2, 4e-2, 8e-2))
+        grid = dict(adamw=(1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), adam=(1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2),
+                    lion=(2.5e-4, 5e-4, 1e-3, 2e-3),
+                    sophia=(5e-4, 1e-3, 2e-3, 4e-3), muon=(7.5e-3, 1.5e-2, 3e-2, 6e-2))
         folder = HERE / "assets" / "logs" / "gpt2"
         folder.mkdir(parents=True, exist_ok=True)
 
         def run(name, lr, seed):
             with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
                 flags = dict(data="shakespeare", data_dir=HERE / "data", out=out, optimizer=name, lr=lr, seed=seed,
-                             steps=500, eval_every=100, sample_tokens=1)
+                             steps=500, eval_every=125, sample_tokens=1)
                 gpt2.main([str(part) for name, value in flags.items() for part in (f"--{name}", value)])
                 rows = [json.loads(line) for line in open(f"{out}/log.jsonl")]
                 config = json.load(open(f"{out}/config.json"))
@@ -1859,7 +1859,7 @@ class BenchGPT2:
             (folder / f"{name}_lr{lr:g}_seed{seed}.jsonl").write_text(text)
             return rows[-1]
 
-        for name, rates in grid.items():
+        for name, rates in ((name, grid[name]) for name in names or grid):
             swept = {lr: run(name, lr, 0)["val_loss"] for lr in rates}
             best = min(swept, key=swept.get)
             finals = [run(name, best, seed) for seed in (1, 2, 3)]
@@ -1868,6 +1868,15 @@ class BenchGPT2:
             print(f"{name:>7} | sweep {sweep} | lr {best:g} | val loss {statistics.mean(losses):.4f} ± "
                   f"{statistics.stdev(losses):.4f} (n = 3) | {statistics.mean(row['seconds'] for row in finals):.1f} s",
                   flush=True)
+
+    def curves(self):
+        """assets/gpt2_optimizers_*.svg from the logs of optimizers: the first of the three seeds, at the best rate."""
+        gpt2, series = importlib.import_module("gpt2"), {}
+        for path in sorted((HERE / "assets" / "logs" / "gpt2").glob("*_seed1.jsonl")):
+            series[path.name.split("_")[0]] = [json.loads(line) for line in path.read_text().splitlines()[1:]]
+        for key, label in (("step", "step"), ("seconds", "seconds of training, one core")):
+            lines = {name: [(row[key], row["loss"]) for row in rows if "loss" in row] for name, rows in series.items()}
+            gpt2.curves_svg(HERE / "assets" / f"gpt2_optimizers_{key}.svg", lines, label, "training loss, nats per byte")
 
 
 def about(script):
@@ -1900,7 +1909,7 @@ class Result(unittest.TextTestResult):
 def main():
     if sys.argv[1:] and sys.argv[1].startswith("Bench"):
         bench, name = sys.argv[1].split(".")
-        return getattr(globals()[bench](), name)()
+        return getattr(globals()[bench](), name)(*sys.argv[2:])
     runner = unittest.TextTestRunner(sys.stdout, resultclass=Result, warnings="ignore")
     result = unittest.main(testRunner=runner, exit=False).result
     for name, seconds in sorted(result.seconds.items(), key=lambda item: -item[1])[:5]:

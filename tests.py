@@ -232,7 +232,8 @@ class TestHouse(Case):
     def test_readme(self):
         """The README's commands run, in their order and in one folder, with fewer steps."""
         readme = (HERE / "README.md").read_text() if (HERE / "README.md").exists() else self.skipTest("no README.md")
-        lines = "\n".join(re.findall(r"^```\w*\n(.*?)^```", readme, re.M | re.S)).replace("\\\n", " ").splitlines()
+        blocks = re.findall(r"^```(\w*)\n(.*?)^```", readme, re.M | re.S)
+        lines = "\n".join(text for kind, text in blocks if kind != "text").replace("\\\n", " ").splitlines()
         commands = [shlex.split(part, comments=True) for line in lines for part in line.split("&&")]
         commands = [c for c in commands if c[:1] == ["python"] and c[1] != "tests.py"]
         elsewhere = re.compile("shakespeare|cifar|imagenet|^gpt2|^resnet|^vit|^cuda|--compile|--wandb|float16")
@@ -1876,7 +1877,8 @@ class BenchGPT2:
             series[path.name.split("_")[0]] = [json.loads(line) for line in path.read_text().splitlines()[1:]]
         for key, label in (("step", "step"), ("seconds", "seconds of training, one core")):
             lines = {name: [(row[key], row["loss"]) for row in rows if "loss" in row] for name, rows in series.items()}
-            gpt2.curves_svg(HERE / "assets" / f"gpt2_optimizers_{key}.svg", lines, label, "training loss, nats per byte")
+            path = HERE / "assets" / f"gpt2_optimizers_{key}.svg"
+            gpt2.curves_svg(path, lines, label, "training loss, nats per byte")
 
 
 def about(script):

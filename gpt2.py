@@ -161,7 +161,7 @@ class GPTConfig:
             raise UserError(f"n_embd {self.n_embd} must be divisible by n_head {self.n_head}, and that by n_kv_head "
                             f"{self.n_kv_head}")
         if self.pos not in ("learned", "rope") or (self.pos == "rope" and self.n_embd // self.n_head % 2):
-            raise UserError(f"pos {self.pos}, head size {self.n_embd // self.n_head}: want learned, or rope and an even size")
+            raise UserError(f"pos {self.pos}, head size {self.n_embd // self.n_head}: want learned, or rope and an even one")
 
 
 # ---- model, in Hugging Face's names --------------------------------------------------------------------------------

@@ -161,7 +161,7 @@ class GPTConfig:
             raise UserError(f"n_embd {self.n_embd} must be divisible by n_head {self.n_head}, and that by n_kv_head "
                             f"{self.n_kv_head}")
         if self.pos not in ("learned", "rope") or (self.pos == "rope" and self.n_embd // self.n_head % 2):
-            raise UserError(f"pos {self.pos}, head size {self.n_embd // self.n_head}: want learned, or rope and an even one")
+            raise UserError(f"pos {self.pos}, head size {self.n_embd // self.n_head}: want learned, or rope and even")
 
 
 # ---- model, in Hugging Face's names --------------------------------------------------------------------------------
@@ -616,6 +616,8 @@ def load_data(data, data_dir, tokenizer, T, fraction=0.9):
     else:
         files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file() and not any(
             part.startswith(".") for part in f.relative_to(path).parts))
+    if not files:
+        raise UserError(f"--data {data}: no such file, nor a folder with files, nor python or shakespeare")
     kinds = {f.suffix for f in files}
     with one_line(f"--data {data} can't be read"):
         if ".jsonl" in kinds:

@@ -488,7 +488,7 @@ def make_optimizers(model, c):
 
 
 def learning_rate(step, peak, warmup, steps, floor=0.0):
-    """Linear warm-up to peak, then half a cosine down to floor · peak after the last step ([1] §4.1)."""
+    """Linear warm-up to peak, then half a cosine down to floor · peak after the last step (arXiv 1608.03983, eq. 5)."""
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
     progress = min(1.0, (step - warmup) / max(1, steps - warmup))
@@ -524,7 +524,7 @@ def load_safetensors(path):
 # ---- data ----------------------------------------------------------------------------------------------------------
 
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+SHAKESPEARE_CHECKSUM = "sha256:86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
 def make_tokenizer(name):
@@ -612,7 +612,7 @@ def load_data(data, data_dir, tokenizer, T, fraction=0.9):
         root, skip = Path(sysconfig.get_paths()["stdlib"]), {"test", "tests", "site-packages", "dist-packages"}
         files = sorted(f for f in root.rglob("*.py") if not skip & set(f.relative_to(root).parts))
     elif data == "shakespeare":
-        files = [download(SHAKESPEARE, Path(data_dir) / "tinyshakespeare.txt", SHAKESPEARE_SHA256)]
+        files = [download(SHAKESPEARE, Path(data_dir) / "tinyshakespeare.txt", SHAKESPEARE_CHECKSUM)]
     else:
         files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file() and not any(
             part.startswith(".") for part in f.relative_to(path).parts))
@@ -655,8 +655,12 @@ def one_line(message, status=2):
         raise UserError(f"{message} ({type(error).__name__}: {' '.join(str(error).split())[:300]})", status) from error
 
 
-def download(url, path, sha256=None):
-    """Fetch url to path unless it is there. A broken download stays as path.part, and the next try goes on with it."""
+def download(url, path, checksum=None):
+    """Fetch url to path unless it is there. A broken download stays as path.part, and the next try goes on with it.
+
+    checksum: "sha256:" or "md5:" and the hash, or its first digits.
+    """
+    kind, _, digits = (checksum or "sha256:").partition(":")
     part = path.with_name(path.name + ".part")
     with one_line(f"can't download {url}: run again to go on, or bring the file to {path} by hand"):
         if path.exists():
@@ -679,9 +683,9 @@ def download(url, path, sha256=None):
                 part.unlink()
             if have != total:
                 raise OSError(f"it ended after {have} of {total} bytes")
-        if sha256 and hashlib.sha256(part.read_bytes()).hexdigest() != sha256:
+        if not hashlib.new(kind, part.read_bytes()).hexdigest().startswith(digits):
             part.unlink()
-            raise UserError(f"{url} is not the published file, its SHA-256 differs: deleted, try again")
+            raise UserError(f"{url} is not the published file, its {kind} differs: deleted, try again")
         os.replace(part, path)
     return path
 
@@ -780,7 +784,8 @@ def pick_device(name, dtype):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where fp32 is left
     if dtype == "auto":  # a CPU without matrix units for bfloat16 is many times slower in it
-        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        fast = (device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+                or device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False))
         dtype = "bfloat16" if fast else "float32"
     dtype = getattr(torch, dtype)
     return device, dtype, torch.autocast(device.type, dtype, enabled=dtype != torch.float32)

@@ -832,7 +832,7 @@ class TestGPT2(Case):
         body, path = np.random.default_rng(0).bytes(3_000_000), self.dir / "a/b/file"
         sha, part = hashlib.sha256(body).hexdigest(), self.dir / "a/b/file.part"
         server = Server(self, dict(body=body))
-        got, err = self.fetch(server, path, sha256=sha)
+        got, err = self.fetch(server, path, checksum=f"sha256:{sha}")
         self.assertTrue(got == body and "3.0" in err)  # its progress, in MB
         self.fetch(server, path)
         self.assertEqual(server.asked, [None])  # once is enough
@@ -844,7 +844,7 @@ class TestGPT2(Case):
                 self.refused(server, path, server.url)
                 have = part.stat().st_size
                 self.assertGreater(have, 0)
-                self.assertEqual(self.fetch(server, path, sha256=sha)[0], body)
+                self.assertEqual(self.fetch(server, path, checksum=f"sha256:{sha}")[0], body)
                 self.assertEqual(server.asked, [None, f"bytes={have}-"])
                 self.assertFalse(part.exists())
         path.unlink()
@@ -853,7 +853,7 @@ class TestGPT2(Case):
 
     def test_download_refused(self):
         body, path, part = b"0123456789" * 200_000, self.dir / "file", self.dir / "file.part"
-        self.refused(Server(self, dict(body=body)), path, "SHA-256", sha256="0" * 64)
+        self.refused(Server(self, dict(body=body)), path, "sha256", checksum="sha256:" + "0" * 64)
         self.assertFalse(part.exists(), "a wrong file would be gone on with")
         self.refused(Server(self, dict(body=b"", status=404)), path, "404")
         self.refused(Server(self, dict(body=body, cut=1_500_000)), path, "file")
@@ -897,13 +897,13 @@ class TestGPT2(Case):
         body = TEXT.encode()
         server = Server(self, dict(body=body))
         flags = [*self.tiny, "--data", "shakespeare", "--data_dir", self.dir / "d", "--steps", 2]
-        with mock.patch.multiple(self.gpt2, SHAKESPEARE=server.url, SHAKESPEARE_SHA256="0" * 64):
+        with mock.patch.multiple(self.gpt2, SHAKESPEARE=server.url, SHAKESPEARE_CHECKSUM="sha256:" + "0" * 64):
             status, _, err = run("gpt2", *flags, "--out", self.dir / "o")
         self.assertEqual(status, 2)
-        self.assertIn("SHA-256", err.splitlines()[-1])
+        self.assertIn("sha256", err.splitlines()[-1])
         self.assertFalse((self.dir / "o").exists())
         with mock.patch.multiple(self.gpt2, SHAKESPEARE=server.url,
-                                 SHAKESPEARE_SHA256=hashlib.sha256(body).hexdigest()):
+                                 SHAKESPEARE_CHECKSUM="sha256:" + hashlib.sha256(body).hexdigest()):
             self.assertIn(f"{int(0.9 * len(body)):,} tokens", self.train("o", *flags).text)
 
     # optimisers

@@ -1,0 +1,1214 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch", "numpy", "requests"]
+# ///
+"""ResNet: networks a hundred layers deep that train, because each block only has to learn what to add to its input.
+
+A plain stack of convolutions gets worse, on the training set too, when it gets deeper; with a shortcut around every two
+or three of them, y = F(x) + x, it gets better [1]. The same idea carries Wide ResNet, ResNeXt and RegNet, which differ
+in the block F and in how many of them stand in a stage: here they are rows of one table.
+
+    python resnet.py                                    # offline, ten kinds of shapes that the script draws
+    python resnet.py --data cifar10 --epochs 30         # downloads 170 MB
+    python resnet.py --data cifar10 --figure6           # plain and residual, 20 and 56 layers: [1] Figure 6
+    python resnet.py --data cifar10 --landscape out/resnet/figure6/plain56/ckpt.pt,out/resnet/figure6/resnet56/ckpt.pt
+    python resnet.py --data cifar10 --arch fast --optimizer muon --schedule linear --batch_size 2000 --epochs 8 \\
+        --flip alternate --crop 2 --label_smoothing 0.2 --full_train        # the most accuracy per FLOP
+    python resnet.py --data cifar10 --init resnet18 --image_size 128 --lr 0.02 --epochs 3     # ImageNet's weights
+    torchrun --nproc_per_node=8 resnet.py --data cifar10 --arch wrn28-10 --epochs 200 --weight_decay 5e-4 --compile
+
+What to expect: not yet measured.
+
+Differs from [1]: ...
+
+Shapes: B batch, C channels, H and W height and width; images are (B, 3, H, W), uint8 until they are augmented.
+
+[1] He et al. 2015, Deep residual learning, arXiv 1512.03385v1       [2] He et al. 2015, Delving deep into rectifiers,
+arXiv 1502.01852v1           [3] Zagoruyko and Komodakis 2016, Wide residual networks, arXiv 1605.07146v4
+[4] Xie et al. 2016, ResNeXt, arXiv 1611.05431v2         [5] Radosavovic et al. 2020, RegNet, arXiv 2003.13678v1
+[6] Huang et al. 2016, Stochastic depth, arXiv 1603.09382v3      [7] Ghiasi et al. 2018, DropBlock, arXiv 1810.12890v1
+[8] Li et al. 2017, Visualizing the loss landscape, arXiv 1712.09913v3
+[9] Jordan et al. 2024, Muon, kellerjordan.github.io/posts/muon  [10] Jordan 2024, airbench, arXiv 2404.00498v2
+"""
+
+import argparse, contextlib, copy, dataclasses, functools, gc, hashlib, inspect, io, json, math, os, re, signal, sys
+import tarfile, time, typing
+from pathlib import Path
+
+import numpy as np
+import requests
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+class UserError(ValueError):
+    """Bad input (status 2) or a failed run (status 1): main prints the message on one line and returns the status."""
+
+    def __init__(self, message, status=2):
+        super().__init__(message)
+        self.status = status
+
+
+# ---- config --------------------------------------------------------------------------------------------------------
+
+@dataclasses.dataclass
+class Config:
+    # data
+    data: str = "shapes"  # shapes (drawn by this script), cifar10, or a folder that holds cifar-10-batches-bin/
+    data_dir: str = "data"  # where downloads land
+    labels: float = 1.0  # fraction of the training images that is used, the same of each class
+    full_train: bool = False  # train on the validation images too: for a last run, when all choices are made
+    flip: str = "random"  # none, random, or alternate: mirrored in every second epoch, half of the images in each [10]
+    crop: int = 4  # pixels by which an image is shifted at most, its border reflected ([1] §4.2 pads with zeros)
+    image_size: int = 0  # pixels to which images are resized on the device; 0: as they are
+    # model
+    arch: str = "resnet20"  # a name of ARCHS
+    init: str | None = None  # start from an official name (see OFFICIAL), its .pth file, or a checkpoint of this script
+    plain: bool = False  # leave the shortcuts out
+    norm: str = "batch"  # batch, layer (over channels and positions of an image) or none
+    weight_init: str = "kaiming"  # kaiming [2], or xavier, which halves the variance at each ReLU
+    drop_path: float = 0.0  # probability that the last block's branch is left out, rising linearly with depth [6]
+    drop_block: float = 0.0  # fraction of the last two stages' outputs that is dropped, in squares [7]
+    freeze: bool = False  # train the last layer alone
+    # optimiser
+    optimizer: str = "sgd"  # sgd (Nesterov), or muon: orthogonal updates of normalised filters, for --arch fast
+    lr: float | None = None  # peak learning rate; None: 0.1 with sgd ([1] §4.2), 0.24 with muon [10]
+    backbone_lr: float = 1.0  # rate of all but the last layer, as a fraction of lr; try 0.1 with --init
+    schedule: str = "cosine"  # or linear
+    warmup: int = 20  # steps of linear warm-up (cosine alone)
+    weight_decay: float = 1e-4  # on weights only: not on biases, nor batch norm's scale ([1] §4.2; muon has its own)
+    label_smoothing: float = 0.0  # probability that the targets spread over all classes
+    ema: float = 0.0  # decay of an average of weights and batch-norm buffers that is evaluated instead; 0: none
+    batch_size: int = 128  # images per micro-batch
+    grad_accum: int = 1  # micro-batches per step and process
+    # run
+    epochs: float = 4  # passes over the training images
+    steps: int | None = None  # updates of the parameters, instead of epochs
+    stop_at: int | None = None  # end at this step, the schedule unchanged
+    eval_every: int | None = None  # steps between evaluations, each followed by a checkpoint; None: an epoch
+    log_every: int = 10  # steps between log lines
+    seed: int = 0  # of initial weights, batches and augmentation
+    out: str = "out/resnet"  # the run's folder
+    resume: bool = False  # go on from out/ckpt.pt, with that run's flags where none are given
+    device: str = "auto"  # auto (cuda, then mps, then cpu), or a torch device
+    dtype: str = "auto"  # float32 or bfloat16; auto: bfloat16 where the hardware multiplies matrices in it
+    compile: bool = False  # torch.compile: a wait at first (it needs a C++ compiler on a CPU), then faster steps
+    # other things to do
+    eval_only: bool = False  # no training: the test accuracy of --init, or else of out/best.pt
+    save_logits: str | None = None  # .npy file for the logits (N, 2, classes) of all training images and their mirrors
+    figure6: bool = False  # train plain and residual networks of 20 and 56 layers and draw their errors
+    landscape: str | None = None  # checkpoints, comma-separated: draw the loss around each, side by side
+    grid: int = 17  # points along each axis of the landscape
+    given = ()  # no field: the names of the flags on the command line
+
+    def __post_init__(self):
+        self.lr = {"sgd": 0.1, "muon": 0.24}.get(self.optimizer) if self.lr is None else self.lr
+        known = dict(flip=("none", "random", "alternate"), norm=("batch", "layer", "none"), arch=tuple(ARCHS),
+                     weight_init=("kaiming", "xavier"), optimizer=("sgd", "muon"), schedule=("cosine", "linear"),
+                     dtype=("auto", "float32", "bfloat16"))
+        may_be_0 = ("crop", "image_size", "drop_path", "drop_block", "warmup", "weight_decay", "label_smoothing", "ema",
+                    "seed")
+        for name, value in vars(self).items():
+            most = {"crop": 31, "image_size": 1024}.get(name, sys.maxsize)
+            most = 1 if name in ("labels", "backbone_lr", "label_smoothing") else most
+            most = 1 - 1e-9 if name in ("drop_path", "drop_block", "ema") else most
+            if value == "" or name in known and value not in known[name]:
+                raise UserError(f"--{name} {value!r}: want {' or '.join(known.get(name, ['some text']))}")
+            if type(value) in (int, float) and not (0 < value <= most or value == 0 and name in may_be_0):
+                raise UserError(f"--{name} {value}: want {'0' if name in may_be_0 else 'above 0'} to {most}")
+        if self.data not in ("shapes", "cifar10") and not (Path(self.data) / "cifar-10-batches-bin").is_dir():
+            raise UserError(f"--data {self.data}: want shapes, cifar10, or a folder that holds cifar-10-batches-bin/")
+        if self.resume and self.init:
+            raise UserError("--resume goes on from --out and --init starts anew: give one of them")
+        if self.optimizer == "muon" and (self.arch != "fast" or self.freeze):
+            raise UserError("--optimizer muon normalises filters: it is for --arch fast, without --freeze")
+        if self.save_logits and not self.save_logits.endswith(".npy"):
+            raise UserError(f"--save_logits {self.save_logits}: want a name that ends in .npy")
+
+
+# ---- blocks: each computes a branch F(x), to which the shortcut is added --------------------------------------------
+
+def conv(C_in, C_out, size, stride=1, groups=1):
+    """A convolution that keeps height and width (divided by stride). No bias: the norm behind it has one."""
+    return nn.Conv2d(C_in, C_out, size, stride, padding=size // 2, groups=groups, bias=False)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth [6]: leave the branch x (B, C, H, W) of some images out; the rest is scaled up to make up for it.
+
+    [6] eq. 5 scales by 1 - p at test time instead: the same expectation.
+    """
+
+    def __init__(self, p):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x):
+        if not self.training or self.p == 0:
+            return x
+        keep = torch.rand(len(x), 1, 1, 1, device=x.device) >= self.p  # (B, 1, 1, 1)
+        return x * keep / (1 - self.p)
+
+
+class DropBlock(nn.Module):
+    """Zero squares of x (B, C, H, W), about a fraction p of it, each channel on its own [7]: neighbouring pixels say
+    nearly the same, so that dropping single ones takes no information away."""
+
+    def __init__(self, p, size):
+        super().__init__()
+        self.p, self.size = p, size
+
+    def forward(self, x):
+        if not self.training or self.p == 0:
+            return x
+        B, C, H, W = x.shape
+        s = min(self.size, H, W)
+        # [7] eq. 1: a seed per square, drawn where the whole square fits in
+        gamma = self.p / s**2 * H * W / ((H - s + 1) * (W - s + 1))
+        seeds = (torch.rand(B, C, H - s + 1, W - s + 1, device=x.device) < gamma).float()
+        dropped = F.max_pool2d(F.pad(seeds, [s - 1] * 4), s, stride=1)  # (B, C, H, W): 1 in each seed's s × s square
+        keep = 1 - dropped
+        return (x * (keep * (keep.numel() / keep.sum().clamp(min=1)))).type_as(x)  # [7] Alg. 1, step 6
+
+
+class PadShortcut(nn.Module):
+    """Option A of [1] §4.2: every stride-th pixel, new channels zero. It has no parameters."""
+
+    def __init__(self, C_in, C, stride):
+        super().__init__()
+        self.new, self.stride = C - C_in, stride
+
+    def forward(self, x):
+        return F.pad(x[:, :, ::self.stride, ::self.stride], (0, 0, 0, 0, self.new // 2, self.new - self.new // 2))
+
+
+class ResidualBlock(nn.Module):
+    """y = relu(F(x) + x), where F is the subclass's branch. A downsample of None: y = relu(F(x)), a plain network."""
+
+    def __init__(self, downsample, drop_path):
+        super().__init__()
+        self.downsample, self.drop_path = downsample, DropPath(drop_path)
+
+    def forward(self, x):
+        y = self.branch(x)
+        if self.downsample is not None:
+            y = self.downsample(x) + self.drop_path(y)  # [1] eq. 1 and 2
+        return F.relu(y)
+
+
+class BasicBlock(ResidualBlock):
+    """Two 3×3 convolutions ([1] Figure 5 left)."""
+
+    def __init__(self, C_in, C, stride, norm, *shortcut):
+        super().__init__(*shortcut)
+        self.conv1, self.bn1 = conv(C_in, C, 3, stride), norm(C)
+        self.conv2, self.bn2 = conv(C, C, 3), norm(C)
+
+    def branch(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))  # (B, C, H / stride, W / stride)
+        return self.bn2(self.conv2(x))
+
+
+class Bottleneck(ResidualBlock):
+    """1×1 to fewer channels, 3×3 among them, 1×1 back ([1] Figure 5 right).
+
+    ResNet's inner width is a quarter of C, Wide ResNet-50-2's half; ResNeXt [4] cuts the 3×3 into groups that do not
+    see one another; RegNetX [5] has no bottleneck (ratio 1) and groups of a fixed width.
+    """
+
+    def __init__(self, C_in, C, stride, norm, *shortcut, ratio=0.25, groups=1, group_width=None):
+        super().__init__(*shortcut)
+        inner = int(C * ratio)
+        groups = inner // group_width if group_width else groups
+        self.conv1, self.bn1 = conv(C_in, inner, 1), norm(inner)
+        self.conv2, self.bn2 = conv(inner, inner, 3, stride, groups), norm(inner)  # [1] strides in conv1: v1.5 here
+        self.conv3, self.bn3 = conv(inner, C, 1), norm(C)
+
+    def branch(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))  # (B, inner, H, W)
+        x = F.relu(self.bn2(self.conv2(x)))  # (B, inner, H / stride, W / stride)
+        return self.bn3(self.conv3(x))  # (B, C, H / stride, W / stride)
+
+
+class PreActBlock(ResidualBlock):
+    """Norm and ReLU before each convolution, nothing after the sum: the shortcut is never bent (Wide ResNet [3])."""
+
+    def __init__(self, C_in, C, stride, norm, *shortcut):
+        super().__init__(*shortcut)
+        self.bn1, self.conv1 = norm(C_in), conv(C_in, C, 3, stride)
+        self.bn2, self.conv2 = norm(C), conv(C, C, 3)
+
+    def forward(self, x):
+        a = F.relu(self.bn1(x))
+        y = self.conv2(F.relu(self.bn2(self.conv1(a))))  # (B, C, H / stride, W / stride)
+        if self.downsample is None:
+            return y
+        return self.drop_path(y) + self.downsample(x if isinstance(self.downsample, nn.Identity) else a)
+
+
+class FastBlock(ResidualBlock):
+    """A convolution that halves height and width by max-pooling, then a residual pair: airbench96's group [10]."""
+
+    def __init__(self, C_in, C, stride, norm, *shortcut):
+        super().__init__(*shortcut)
+        self.conv1, self.bn1, self.stride = conv(C_in, C, 3), norm(C), stride
+        self.conv2, self.bn2 = conv(C, C, 3), norm(C)
+        self.conv3, self.bn3 = conv(C, C, 3), norm(C)
+
+    def forward(self, x):
+        x = F.gelu(self.bn1(F.max_pool2d(self.conv1(x), self.stride)))  # (B, C, H / stride, W / stride)
+        y = self.bn3(self.conv3(F.gelu(self.bn2(self.conv2(x)))))
+        return F.gelu(y if self.downsample is None else x + self.drop_path(y))
+
+
+# ---- network: stages of blocks, in torchvision's names ---------------------------------------------------------------
+
+def make_norm(kind, C, momentum=0.1):
+    """Batch norm standardises each channel over batch and positions, in evaluation by running statistics.
+
+    Its trap: in training a batch is divided by the root of its biased variance, Σ(x - μ)² / n, while running_var
+    averages the unbiased one, Σ(x - μ)² / (n - 1). At n = B H W = 2 they differ by a factor of two.
+    Layer norm, over an image's channels and positions, is the same in training and evaluation, whatever the batch.
+    """
+    if kind == "batch":
+        return nn.BatchNorm2d(C, momentum=momentum)
+    return nn.GroupNorm(1, C) if kind == "layer" else nn.Identity()
+
+
+class ResNet(nn.Module):
+    """images (B, 3, H, W) -> logits (B, num_classes). stages: (block, width, depth, stride) each.
+
+    stem: imagenet (7×7, stride 2, then max-pool), regnet (3×3, stride 2), cifar (3×3), wide (cifar's, its norm moved
+    behind the last block) or whiten (2×2, see whiten_stem). shortcut: what stands where the shape changes: A
+    (PadShortcut), B (1×1 convolution and norm) or conv (without norm).
+    """
+
+    def __init__(self, stages, num_classes=10, stem="cifar", stem_width=16, shortcut="B", norm="batch", plain=False,
+                 weight_init="kaiming", drop_path=0.0, drop_block=0.0):
+        super().__init__()
+        self.stem, fast = stem, stem == "whiten"
+        normed = functools.partial(make_norm, norm, momentum=0.4 if fast else 0.1)  # short training, short memory [10]
+        size, stride = {"imagenet": (7, 2), "regnet": (3, 2)}.get(stem, (3, 1))
+        self.conv1 = nn.Conv2d(3, stem_width, 2) if fast else conv(3, stem_width, size, stride)
+        if not fast and stem != "wide":
+            self.bn1 = normed(stem_width)
+        C, total, done = stem_width, sum(depth for _, _, depth, _ in stages), 0
+        for i, (block, width, depth, stride) in enumerate(stages, 1):
+            blocks = []
+            for stride in [stride] + [1] * (depth - 1):
+                if plain:
+                    downsample = None
+                elif stride == 1 and C == width or fast:
+                    downsample = nn.Identity()
+                elif shortcut == "A":
+                    downsample = PadShortcut(C, width, stride)
+                else:
+                    downsample = nn.Sequential(conv(C, width, 1, stride), *[normed(width)] * (shortcut == "B"))
+                done += 1  # [6] eq. 4: the l-th of L blocks is left out with probability p l / L
+                blocks.append(block(C, width, stride, normed, downsample, drop_path * done / total))
+                C = width
+            if i > len(stages) - 2 and drop_block:  # [7] §4.1: in the last two groups
+                blocks.append(DropBlock(drop_block, size=7 if stem == "imagenet" else 3))
+            setattr(self, f"layer{i}", nn.Sequential(*blocks))
+        self.depth = len(stages)
+        self.bn_last = normed(C) if stem == "wide" else nn.Identity()
+        self.fc = nn.Linear(C, num_classes, bias=not fast)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d) and not fast:
+                # [2] eq. 14: var 2 / fan keeps the variance through a ReLU, which halves it; Xavier's has 1 / fan
+                dict(kaiming=functools.partial(nn.init.kaiming_normal_, mode="fan_out", nonlinearity="relu"),
+                     xavier=nn.init.xavier_normal_)[weight_init](module.weight)
+            elif isinstance(module, nn.Conv2d) and module is not self.conv1:  # begins as copies of its input [10]
+                nn.init.dirac_(module.weight[:module.in_channels].data)
+            elif isinstance(module, nn.BatchNorm2d) and fast:
+                module.weight.requires_grad_(False)  # what it scales is normalised again by the next one
+        if fast:
+            self.conv1.weight.requires_grad_(False)
+            self.fc.weight.data /= self.fc.weight.std()
+
+    def features(self, x):
+        """What the last layer reads: (B, 3, H, W) -> (B, C)."""
+        x = self.conv1(x)
+        if self.stem == "whiten":
+            x = F.gelu(x)
+        elif self.stem != "wide":
+            x = F.relu(self.bn1(x))
+        if self.stem == "imagenet":
+            x = F.max_pool2d(x, 3, stride=2, padding=1)
+        for i in range(self.depth):
+            x = getattr(self, f"layer{i + 1}")(x)  # (B, width, H / stride, W / stride)
+        if self.stem == "whiten":
+            return x.amax(dim=(2, 3)) / x.size(1)  # max-pool and a small scale, in which the head begins to learn [10]
+        if self.stem == "wide":
+            x = F.relu(self.bn_last(x))
+        return x.mean(dim=(2, 3))
+
+    def forward(self, x):
+        return self.fc(self.features(x))
+
+    @torch.no_grad()
+    def whiten_stem(self, images, eps=5e-4):
+        """Set the 2×2 filters to the eigenvectors of the patches' covariance, scaled to unit variance, and their
+        negatives [10]: from normalised images (B, 3, H, W). They stay as they are."""
+        patches = F.unfold(images, 2).transpose(1, 2).reshape(-1, 12).double()  # (B (H - 1) (W - 1), 12)
+        values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))  # columns are eigenvectors
+        filters = (vectors / (values + eps).sqrt()).T.reshape(12, 3, 2, 2)
+        self.conv1.weight.copy_(torch.cat((filters, -filters)))
+
+
+def imagenet_resnet(block, widths, depths, num_classes=1000, stem="imagenet", stem_width=64, first=1, **more):
+    """Four stages that each halve height and width but the first. width: channels of a stage's output."""
+    return ResNet(list(zip([block] * 4, widths, depths, (first, 2, 2, 2))), num_classes, stem, stem_width, **more)
+
+
+def cifar_resnet(depth, num_classes=10, **more):
+    """[1] §4.2: three stages of n blocks, depth 6 n + 2, option A shortcuts: 20, 32, 44, 56, 110."""
+    stages = [(BasicBlock, 16, depth // 6, 1), (BasicBlock, 32, depth // 6, 2), (BasicBlock, 64, depth // 6, 2)]
+    return ResNet(stages, num_classes, **{"shortcut": "A", "stem": "cifar", **more})
+
+
+def wrn(depth, width, num_classes=10, **more):
+    """Wide ResNet [3]: three stages of n blocks, depth 6 n + 4, width times as wide."""
+    stages = [(PreActBlock, C * width, depth // 6, stride) for C, stride in ((16, 1), (32, 2), (64, 2))]
+    return ResNet(stages, num_classes, **{**more, "shortcut": "conv", "stem": "wide"})
+
+
+def fast(num_classes=10, **more):
+    """A whitening stem and three blocks, 160,000,000 MACs: airbench94 [10] with a shortcut in each block."""
+    stages = [(FastBlock, 64, 1, 2), (FastBlock, 256, 1, 2), (FastBlock, 256, 1, 2)]
+    return ResNet(stages, num_classes, **{**more, "stem": "whiten", "stem_width": 24})
+
+
+basic, wide = (64, 128, 256, 512), (256, 512, 1024, 2048)
+resnet18 = functools.partial(imagenet_resnet, BasicBlock, basic, (2, 2, 2, 2))
+resnet34 = functools.partial(imagenet_resnet, BasicBlock, basic, (3, 4, 6, 3))
+resnet50 = functools.partial(imagenet_resnet, Bottleneck, wide, (3, 4, 6, 3))
+resnet101 = functools.partial(imagenet_resnet, Bottleneck, wide, (3, 4, 23, 3))
+resnet152 = functools.partial(imagenet_resnet, Bottleneck, wide, (3, 8, 36, 3))
+resnext50_32x4d = functools.partial(imagenet_resnet, functools.partial(Bottleneck, ratio=0.5, groups=32), wide,
+                                    (3, 4, 6, 3))
+wide_resnet50_2 = functools.partial(imagenet_resnet, functools.partial(Bottleneck, ratio=0.5), wide, (3, 4, 6, 3))
+
+
+def regnet_x_400mf(num_classes=1000, stem="regnet", **more):
+    """RegNetX at 400 million MACs [5]: widths and depths come from a line that was fitted to good networks."""
+    block = functools.partial(Bottleneck, ratio=1, group_width=16)
+    return imagenet_resnet(block, (32, 64, 160, 400), (1, 2, 7, 12), num_classes, stem, 32, first=2, **more)
+
+
+OFFICIAL = dict(resnet18="f37072fd", resnet34="b627a593", resnet50="11ad3fa6", resnet101="cd907fc2",
+                resnet152="f82ba261", resnext50_32x4d="1a0047aa", wide_resnet50_2="9ba9bcbe", regnet_x_400mf="62229a5f")
+ARCHS = {**{f"resnet{depth}": functools.partial(cifar_resnet, depth) for depth in (20, 32, 44, 56, 110)},
+         **{name: globals()[name] for name in OFFICIAL}, "fast": fast,
+         "wrn16-8": functools.partial(wrn, 16, 8), "wrn28-10": functools.partial(wrn, 28, 10)}
+
+
+def count_macs(model, size):
+    """Multiply-adds of one image (3, size, size) in convolutions and linear layers."""
+    macs, hooks, training = [], [], model.training
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            hooks.append(module.register_forward_hook(lambda m, _, y: macs.append(y.numel() * m.weight[0].numel())))
+    with torch.no_grad():
+        model.eval()(torch.zeros(1, 3, size, size, device=next(model.parameters()).device))
+    for hook in hooks:
+        hook.remove()
+    model.train(training)
+    return sum(macs)
+
+
+# ---- official weights -----------------------------------------------------------------------------------------------
+
+def make_model(arch, **settings):
+    """A network of ARCHS that remembers what it was made with, for checkpoints."""
+    model = ARCHS[arch](**settings)
+    model.settings = dict(arch=arch, **settings)
+    return model
+
+
+def from_pretrained(name_or_path, data_dir="data", **changes):
+    """A ResNet with torchvision's published weights (1,000 ImageNet classes), or from a checkpoint of this script.
+
+    An official name is downloaded, 30 to 250 MB; a path to torchvision's .pth file needs its published name. changes
+    are arguments of ResNet. Raises ValueError if the file can't be read or doesn't fit.
+    """
+    path, name = Path(name_or_path), Path(name_or_path).name.split("-")[0]
+    if name_or_path in OFFICIAL:
+        file = f"{name}-{OFFICIAL[name]}.pth"  # the name ends in the first 8 digits of its SHA-256
+        path = download(f"https://download.pytorch.org/models/{file}", Path(data_dir) / file, f"sha256:{OFFICIAL[name]}")
+    elif path.suffix == ".pt":
+        with one_line(f"{path} is not a checkpoint of this script"):
+            saved = load_checkpoint(path)
+            model = make_model(**{**saved["model_config"], **changes})
+            model.load_state_dict(saved.get("ema") or saved["model"])
+        return model
+    elif name not in OFFICIAL or not path.exists():
+        raise UserError(f"{name_or_path} is no .pt checkpoint that is here, nor one of {', '.join(OFFICIAL)}, nor a file "
+                        "of torchvision's that has its published name")
+    with one_line(f"{path} does not hold torchvision's {name}"):
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+        for ours, theirs in ((r"conv1.", r"^stem\.0\."), (r"bn1.", r"^stem\.1\."), (r"downsample.", r"proj\."),
+                             (r"layer\1.\2.", r"^trunk_output\.block(\d)\.block\d-(\d+)\."),
+                             *((f"{kind}{i}.", rf"\bf\.{letter}\.{j}\.") for i, letter in enumerate("abc", 1)
+                               for j, kind in enumerate(("conv", "bn")))):  # RegNet's names to ResNet's
+            weights = {re.sub(theirs, ours, key): value for key, value in weights.items()}
+        stem = "regnet" if name.startswith("regnet") else "imagenet"
+        model = make_model(name, **{"num_classes": 1000, "stem": stem, **changes})
+        model.load_state_dict(weights)
+    return model
+
+
+# ---- optimiser -----------------------------------------------------------------------------------------------------
+
+def with_gradients(optimizer):
+    """(parameter, its state, its group) for all that have a gradient."""
+    every = ((p, group) for group in optimizer.param_groups for p in group["params"])
+    return [(p, optimizer.state[p], group) for p, group in every if p.grad is not None]
+
+
+def newton_schulz(g, steps=5):
+    """U Vᵀ of g = U S Vᵀ (..., n, m), roughly: singular values above .002 of g's norm end between .68 and 1.21 [9].
+
+    The polynomial a σ + b σ³ + c σ⁵ works on every singular value σ through matrix products alone.
+    """
+    x = (g.bfloat16() if g.is_cuda else g.float()).reshape(-1, *g.shape[-2:])  # (N, n, m)
+    x = x.mT if g.size(-2) > g.size(-1) else x  # x xᵀ is then the smaller square
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # no singular value above 1
+    for _ in range(steps):  # x ← a x + (b x xᵀ + c (x xᵀ)²) x
+        gram = x @ x.mT  # (N, n, n)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return (x.mT if g.size(-2) > g.size(-1) else x).reshape(g.shape).type_as(g)
+
+
+class FilterMuon(torch.optim.Optimizer):
+    """Muon [9] for convolutions in front of a norm, as airbench has it [10]: a filter's length then has no effect but on
+    how far a step turns it, so that it is set to 1 (on average) before each step, which decay would do slowly."""
+
+    def __init__(self, params, lr=0.24, momentum=0.6):
+        super().__init__(params, dict(lr=lr, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p, state, group in with_gradients(self):  # p (C_out, C_in, 3, 3)
+            m = state.setdefault("momentum", torch.zeros_like(p)).mul_(group["momentum"]).add_(p.grad)  # m ← μ m + g
+            ahead = p.grad.add(m, alpha=group["momentum"])  # Nesterov: g + μ m
+            p.mul_(len(p) ** 0.5 / p.norm())
+            p.sub_(newton_schulz(ahead.flatten(1), steps=3).view(p.shape), alpha=group["lr"])
+
+
+def sgd_or_muon(model, c):
+    """Optimizers (a list) for what is to be trained. A group's peak: its highest rate; until: the fraction of the run at
+    which its rate is 0."""
+    head = {id(p) for p in model.fc.parameters()}
+    for p in model.parameters():
+        p.requires_grad_(p.requires_grad and (id(p) in head or not c.freeze))
+    params = [p for p in model.parameters() if p.requires_grad]
+    if c.optimizer == "sgd":
+        groups = [dict(params=[p for p in params if (id(p) in head, p.dim() > 1) == kind],
+                       peak=c.lr * (1 if kind[0] else c.backbone_lr), weight_decay=c.weight_decay * kind[1])
+                  for kind in ((False, False), (False, True), (True, False), (True, True))]
+        return [torch.optim.SGD([g for g in groups if g["params"]], momentum=0.9, nesterov=True)]
+    # [10] sums the loss over 2,000 images where ours is their mean: its rates .053 and .67 are 2,000 times larger here.
+    # A decay of 4e-3 / lr takes 4e-3 of a parameter away per step, whatever its rate.
+    groups = [dict(params=[model.conv1.bias], peak=106.0, until=3 / 8), dict(params=[model.fc.weight], peak=1340.0),
+              dict(params=[p for p in params if p.dim() == 1 and p is not model.conv1.bias], peak=106.0)]
+    sgd = torch.optim.SGD([dict(g, weight_decay=4e-3 / g["peak"]) for g in groups], momentum=0.85, nesterov=True)
+    return [FilterMuon([dict(params=[p for p in params if p.dim() == 4], peak=c.lr)]), sgd]
+
+
+def learning_rate(step, peak, warmup, steps, floor=0.0):
+    """Linear warm-up to peak, then half a cosine down to floor · peak after the last step (arXiv 1608.03983, eq. 5)."""
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+# ---- data ----------------------------------------------------------------------------------------------------------
+
+CIFAR10 = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+CIFAR10_MD5 = "md5:c32a1d4ab5d03f1284b67883e8d87530"
+CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
+CIFAR10_STATS = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # mean and std of a channel over all pixels
+IMAGENET_STATS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # with which torchvision's weights were trained
+SHAPES = "circle square triangle ring cross star heart stripes checkerboard crescent".split()
+
+
+def fetch_cifar10(root):
+    """Download the official binary archive and unpack it to root/cifar-10-batches-bin, unless that is there."""
+    target = Path(root) / "cifar-10-batches-bin"
+    names = ["batches.meta.txt", "test_batch.bin", *(f"data_batch_{i}.bin" for i in range(1, 6))]
+    if not all((target / name).exists() for name in names):
+        archive = download(CIFAR10, Path(root) / "cifar-10-binary.tar.gz", CIFAR10_MD5)
+        with one_line(f"{archive} can't be unpacked: delete it and try again"), tarfile.open(archive) as tar:
+            target.mkdir(exist_ok=True)
+            for name in names:  # by name, so that nothing can land elsewhere
+                write_atomic(target / name, tar.extractfile(f"cifar-10-batches-bin/{name}").read())
+
+
+def load_cifar10(root):
+    """train_x (50000, 3, 32, 32) uint8, train_y (50000,) int64, test_x, test_y from root/cifar-10-batches-bin.
+
+    A record is a label and 3,072 bytes, red, green, blue, row by row. Raises ValueError on anything else.
+    """
+    parts = []
+    for name in ("test_batch", *(f"data_batch_{i}" for i in range(1, 6))):
+        path = Path(root) / "cifar-10-batches-bin" / f"{name}.bin"
+        with one_line(f"{path} can't be read"):
+            raw = np.fromfile(path, np.uint8)
+        if len(raw) == 0 or len(raw) % 3073 or raw[::3073].max() > 9:
+            raise UserError(f"{path} does not consist of CIFAR-10's records of 3,073 bytes: delete it and try again")
+        parts.append(torch.from_numpy(raw.reshape(-1, 3073)))  # (10000, 3073)
+    test, train = parts[0], torch.cat(parts[1:])
+    return *(t for p in (train, test) for t in (p[:, 1:].reshape(-1, 3, 32, 32), p[:, 0].long())),
+
+
+def make_shapes(n, seed):
+    """Draw x (n, 3, 32, 32) uint8 and y (n,) int64, ten classes of equal size in random order.
+
+    Each is a signed distance, negative inside, in coordinates that are moved, turned and scaled per image; colours,
+    shading, clutter and noise hide it from a linear classifier.
+    """
+    g = torch.Generator().manual_seed(seed)
+
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(n, *shape, generator=g)
+
+    y = (torch.arange(n) % 10)[torch.randperm(n, generator=g)]
+    grid = torch.arange(32) - 15.5
+    rows, columns = grid[None, :, None], grid[None, None, :]
+    size, angle = uniform(7, 12, 1, 1), uniform(0, 2 * math.pi, 1, 1)
+    dy, dx = uniform(-5, 5, 1, 1), uniform(-5, 5, 1, 1)
+    v, u = (rows - dy) / size, (columns - dx) / size  # (n, 32, 32)
+    u, v = u * angle.cos() + v * angle.sin(), v * angle.cos() - u * angle.sin()
+    distance = torch.empty(n, 32, 32)
+    for k in range(10):
+        a, b = u[y == k], v[y == k]  # (n_k, 32, 32)
+        r = (a**2 + b**2).sqrt()
+        box = torch.maximum(a.abs(), b.abs()) - 0.85
+        if k == 0:
+            d = r - 0.9
+        elif k == 1:
+            d = box
+        elif k == 2:  # three half-planes
+            d = torch.stack([a * math.cos(t) + b * math.sin(t) for t in (0, 2.0944, 4.1888)]).amax(dim=0) - 0.5
+        elif k == 3:
+            d = (r - 0.72).abs() - 0.2
+        elif k == 4:
+            d = torch.minimum(torch.maximum(a.abs() - 1, b.abs() - 0.28), torch.maximum(a.abs() - 0.28, b.abs() - 1))
+        elif k == 5:  # a fifth, folded at its tip: the line from the tip (1, 0) to the notch at 36°, radius .42
+            t = (torch.atan2(b, a) % (0.4 * math.pi) - 0.2 * math.pi).abs()  # 36° at a tip
+            p, q = r * (0.2 * math.pi - t).cos(), r * (0.2 * math.pi - t).sin()
+            notch = 0.42 * math.cos(0.2 * math.pi), 0.42 * math.sin(0.2 * math.pi)
+            d = ((p - 1) * notch[1] - q * (notch[0] - 1)) / math.hypot(notch[0] - 1, notch[1])
+        elif k == 6:  # two discs over the point of a square
+            d = torch.minimum(((a.abs() - 0.42)**2 + (b - 0.35)**2).sqrt() - 0.5,
+                              torch.maximum(a.abs() + (b - 0.1).abs() * 1.0 - 0.95, b - 0.35) * 0.7)
+        elif k == 7:
+            d = torch.maximum(box, ((a * 1.8) % 1 - 0.5).abs() / 1.8 - 0.14)
+        elif k == 8:
+            d = torch.maximum(box, (a * 3.7).sin() * (b * 3.7).sin() * 0.25)
+        else:
+            d = torch.maximum(r - 0.9, 0.75 - ((a - 0.45)**2 + b**2).sqrt())
+        distance[y == k] = d
+    alpha = (0.5 - distance * size).clamp(0, 1)[:, None]  # (n, 1, 32, 32), edges one pixel soft
+    ink, paper = uniform(0, 1, 3, 1, 1), uniform(0, 1, 3, 1, 1)
+    paper = torch.where((ink - paper).abs().amax(dim=1, keepdim=True) < 0.4, (ink + 0.5) % 1, paper)
+    shade = uniform(-0.012, 0.012, 1, 1, 1) * rows[:, None] + uniform(-0.012, 0.012, 1, 1, 1) * columns[:, None]
+    x = paper + (ink - paper) * alpha + shade  # (n, 3, 32, 32)
+    for _ in range(3):  # clutter: small discs
+        cy, cx, radius = uniform(-16, 16, 1, 1), uniform(-16, 16, 1, 1), uniform(0.8, 2.2, 1, 1)
+        disc = (radius - ((rows - cy)**2 + (columns - cx)**2).sqrt() + 0.5).clamp(0, 1)[:, None]
+        x = x + (uniform(0, 1, 3, 1, 1) - x) * disc
+    x = x + 0.06 * torch.randn(n, 3, 32, 32, generator=g)
+    return (x * 255).round().clamp(0, 255).to(torch.uint8), y
+
+
+def load_images(c):
+    """(x, y) of the training, validation and test images, and the names of the classes."""
+    if c.data == "shapes":
+        (train, val, test), classes = [make_shapes(n, seed) for n, seed in ((10000, 1), (1000, 2), (2000, 3))], SHAPES
+    else:
+        if c.data == "cifar10":
+            fetch_cifar10(c.data_dir)
+        x, y, *test = load_cifar10(c.data_dir if c.data == "cifar10" else c.data)
+        train, val, classes = (x[:-5000], y[:-5000]), (x[-5000:], y[-5000:]), CIFAR10_CLASSES
+    if c.full_train:
+        train = [torch.cat(both) for both in zip(train, val)]
+    if c.labels < 1:  # the first of each class, in the data's own random order
+        keep = [(train[1] == k).nonzero().flatten() for k in range(len(classes))]
+        keep = torch.cat([k[:max(1, round(c.labels * len(k)))] for k in keep]).sort().values
+        train = [t[keep] for t in train]
+    return train, val, test, classes
+
+
+def augment(images, index, dy, dx, mirror):
+    """Images index (B,) of images (N, C, H, W), shifted by dy, dx (B,) pixels with reflected borders, then mirrored where
+    mirror (B,) says so. One gather: an output pixel's row and column say where it comes from. Channels-last output."""
+    H, W = images.shape[2:]
+
+    def reflect(i, size):  # -1 -> 1, size -> size - 2
+        return (size - 1) - ((size - 1) - i.abs()).abs()
+
+    columns = torch.arange(W, device=images.device).expand(len(index), W)  # (B, W)
+    columns = torch.where(mirror[:, None], W - 1 - columns, columns)
+    columns = reflect(columns + dx[:, None], W)
+    rows = reflect(torch.arange(H, device=images.device) + dy[:, None], H)  # (B, H)
+    return images[index[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)  # (B, C, H, W)
+
+
+def normalise(images, stats, size=0):
+    """uint8 (B, 3, H, W) to floats with about zero mean and unit variance, at size × size pixels if size is not 0."""
+    mean, std = (torch.tensor(s, device=images.device)[:, None, None] for s in stats)
+    x = (images / 255 - mean) / std
+    return F.interpolate(x, (size, size), mode="bilinear", antialias=False) if size else x
+
+
+def training_batch(c, images, labels, step, slot, slots):
+    """The slot-th of the slots micro-batches of a step, augmented: uint8 (B, 3, H, W) and labels (B,). It depends on
+    (seed, step, slot) alone."""
+    n, size = len(images), c.batch_size * slots
+    epoch, position = divmod(step, max(1, n // size))
+    order = np.random.default_rng((c.seed, epoch)).permutation(n)
+    start = position * size + slot * c.batch_size
+    index = torch.from_numpy(np.take(order, range(start, start + c.batch_size), mode="wrap"))  # a small set wraps around
+    rng = np.random.default_rng((c.seed, step, slot))
+    dy, dx = torch.from_numpy(rng.integers(-c.crop, c.crop, (2, c.batch_size), endpoint=True))
+    coins = rng.integers(2, size=c.batch_size)
+    if c.flip == "alternate":  # [10] §3.6: a coin per image, turned over each epoch
+        coins = (np.random.default_rng((c.seed,)).integers(2, size=n)[index] + epoch) % 2
+    mirror = torch.from_numpy(coins == 1) & (c.flip != "none")
+    index, dy, dx, mirror = (t.to(images.device) for t in (index, dy, dx, mirror))
+    return augment(images, index, dy, dx, mirror), labels[index]
+
+
+# ---- files and errors ----------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def one_line(message, status=2):
+    """Turn whatever a broken file, disk or network raises inside into one line for the user."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{message} ({type(error).__name__}: {' '.join(str(error).split())[:300]})", status) from error
+
+
+def download(url, path, checksum=None):
+    """Fetch url to path unless it is there. A broken download stays as path.part, and the next try goes on with it.
+
+    checksum: "sha256:" or "md5:" and the hash, or its first digits.
+    """
+    kind, _, digits = (checksum or "sha256:").partition(":")
+    part = path.with_name(path.name + ".part")
+    with one_line(f"can't download {url}: run again to go on, or bring the file to {path} by hand"):
+        if path.exists():
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        have = part.stat().st_size if part.exists() else 0
+        # identity: Content-Length would count the bytes of a compressed body
+        headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+        with requests.get(url, headers=headers, stream=True, timeout=30) as reply:
+            if reply.status_code != 416:  # 416: nothing is missing, if the size agrees
+                reply.raise_for_status()
+            total = int(reply.headers.get("Content-Range", "/" + reply.headers["Content-Length"]).split("/")[1])
+            have = 0 if reply.status_code == 200 else have  # 200: it comes from the start, not from where we are
+            with open(part, "ab" if have else "wb") as file:
+                for chunk in reply.iter_content(1 << 20) if reply.ok else ():
+                    have += file.write(chunk)
+                    print(f"\r{path.name}: {have / 1e6:.1f} of {total / 1e6:.1f} MB", end="", file=sys.stderr)
+            print(file=sys.stderr)
+            if have > total:  # not a part of this file: from the start next time
+                part.unlink()
+            if have != total:
+                raise OSError(f"it ended after {have} of {total} bytes")
+        if not hashlib.new(kind, part.read_bytes()).hexdigest().startswith(digits):
+            part.unlink()
+            raise UserError(f"{url} is not the published file, its {kind} differs: deleted, try again")
+        os.replace(part, path)
+    return path
+
+
+def write_atomic(path, *content):
+    """Write bytes, or a checkpoint's dict, under another name, then rename: path holds the old content or the new."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        with one_line(f"can't write {path}, what was there is kept", status=1):
+            with open(temporary, "wb") as file:
+                torch.save(content[0], file) if isinstance(content[0], dict) else file.writelines(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_checkpoint(path):
+    """The dict that a run saved. weights_only: nothing is unpickled but tensors and plain values."""
+    with one_line(f"{path} is not a checkpoint of this script"):
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved["model"], saved["model_config"], {**saved["config"]}, saved["step"]  # KeyError, TypeError: not ours
+    return saved
+
+
+def curves_svg(path, series, x_label, y_label):
+    """A chart of {name: [(x, y), ...]}; the names stand in the corner in their lines' colours."""
+    (x0, x1), (y0, y1) = [(min(v), max(v)) for v in zip(*(p for line in series.values() for p in line))]
+    svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="-70 -30 640 400" font-family="sans-serif" font-size="12">'
+           '<rect x="-70" y="-30" width="640" height="400" fill="white"/>'
+           f'<text x="275" y="362" text-anchor="middle">{x_label}</text><text x="-62" y="-12">{y_label}</text>']
+    for i in range(6):
+        svg.append(f'<path d="M0 {320 - 64 * i}h550" stroke="#ddd"/>'
+                   f'<text x="-8" y="{320 - 64 * i}" text-anchor="end">{y0 + (y1 - y0) * i / 5:.3g}</text>'
+                   f'<text x="{110 * i}" y="340" text-anchor="middle">{x0 + (x1 - x0) * i / 5:.4g}</text>')
+    for i, (name, line) in enumerate(series.items()):
+        colour = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")[i % 6]
+        points = " ".join(f"{550 * (x - x0) / (x1 - x0 or 1):.1f},{320 * (y1 - y) / (y1 - y0 or 1):.1f}"
+                          for x, y in line)
+        svg.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
+                   f'<text x="540" y="{20 + 16 * i}" text-anchor="end" fill="{colour}">{name}</text>')
+    write_atomic(path, "\n".join([*svg, "</svg>"]).encode())
+
+
+# ---- evaluate, train -----------------------------------------------------------------------------------------------
+
+VIEWS = ("test_accuracy", "test_accuracy_mirror", "test_accuracy_six_views")
+
+
+def view_logits(model, x):
+    """Logits (3, B, classes) of normalised images x (B, 3, H, W): theirs; averaged with their mirrors'; and averaged
+    over six views, which adds both moved by a pixel up-left and down-right ([10] §3.5)."""
+    H, W, padded = *x.shape[2:], F.pad(x, [1] * 4, mode="reflect")
+    still, (up, down) = model(x), (padded[..., 2:, 2:], padded[..., :H, :W])
+    both = (still + model(x.flip(-1))) / 2
+    moved = sum(model(v) + model(v.flip(-1)) for v in (up, down)) / 4
+    return torch.stack((still, both, (both + moved) / 2))
+
+
+@torch.no_grad()
+def evaluate(model, images, labels, c, autocast, views=False):
+    """Mean loss, accuracy, and whether each image is right, of images (N, 3, H, W) uint8; with views, the accuracies of
+    view_logits too."""
+    model.eval()
+    parts = []
+    for x in images.split(500):
+        x = normalise(x, model_stats(model), c.image_size)
+        with autocast:
+            parts.append((view_logits(model, x) if views else model(x)[None]).float())  # (1 or 3, B, classes)
+    logits = torch.cat(parts, dim=1)  # (1 or 3, N, classes)
+    right = (logits.argmax(dim=-1) == labels).double()  # (1 or 3, N)
+    scores = dict(val_loss=F.cross_entropy(logits[0], labels).item(), val_accuracy=right[0].mean().item())
+    return (dict(zip(VIEWS, right.mean(dim=1).tolist())) if views else scores), right[0]
+
+
+def model_stats(model):
+    """The mean and std with which a network wants its images: ImageNet's weights come with ImageNet's."""
+    return IMAGENET_STATS if model.stem in ("imagenet", "regnet") else CIFAR10_STATS
+
+
+@torch.no_grad()
+def write_logits(path, model, images, c, autocast):
+    """Write float32 logits (N, 2, classes) of all images (N, 3, H, W) and their mirrors to a .npy file."""
+    model.eval()
+    parts = []
+    for x in images.split(500):
+        x = normalise(x, model_stats(model), c.image_size)
+        with autocast:
+            parts.append(torch.stack((model(x), model(x.flip(-1))), dim=1).float().cpu())  # (B, 2, classes)
+    buffer = io.BytesIO()
+    np.save(buffer, torch.cat(parts).numpy())
+    write_atomic(path, buffer.getvalue())
+
+
+def load_network(c, classes):
+    """The network that the flags ask for: fresh, that of --resume, or --init's with a new last layer."""
+    settings = dict(norm=c.norm, plain=c.plain, weight_init=c.weight_init, drop_path=c.drop_path,
+                    drop_block=c.drop_block)
+    if c.resume or c.eval_only and not c.init:
+        return from_pretrained(f"{c.out}/{'ckpt' if c.resume else 'best'}.pt")
+    if not c.init:
+        stem = {} if c.arch.startswith("wrn") or c.arch == "fast" else dict(stem="cifar")
+        return make_model(c.arch, num_classes=classes, **stem, **settings)
+    model = from_pretrained(c.init, c.data_dir, drop_path=c.drop_path, drop_block=c.drop_block)
+    if not c.eval_only:
+        model.fc = nn.Linear(model.fc.in_features, classes)
+        model.settings["num_classes"] = classes
+    elif model.fc.out_features != classes:
+        raise UserError(f"--init {c.init} tells {model.fc.out_features} classes apart, --data {c.data} has {classes}")
+    return model
+
+
+class RunFolder:
+    """A run's rows, step, best accuracy and seconds, and the folder that keeps them; only one process writes."""
+
+    def __init__(self, c, saved, writes):
+        self.c, self.writes, self.out = c, writes, Path(c.out)
+        self.step, self.best, self.seconds, self.rows = 0, -math.inf, 0.0, []
+        if saved:
+            vars(self).update({name: saved[name] for name in ("step", "best", "seconds", "rows")})
+        if writes:
+            with one_line(f"can't make the folder {self.out}", status=1):
+                self.out.mkdir(parents=True, exist_ok=True)
+            lines = "".join(json.dumps(row) + "\n" for row in self.rows)  # without what came after the checkpoint
+            for name, text in (("config.json", json.dumps(dataclasses.asdict(c), indent=2)), ("log.jsonl", lines)):
+                write_atomic(self.out / name, text.encode())
+
+    def check(self, name, value, step):
+        if not math.isfinite(value):
+            raise UserError(f"{name} is {value} at step {step}: lower --lr; {self.out} keeps the last checkpoint", 1)
+
+    def log(self, line, **row):
+        """A line for people, and a row for log.jsonl and the curves."""
+        self.rows.append({"step": self.step, **row})
+        if self.writes:
+            print(line, flush=True)
+            with one_line(f"can't write {self.out}/log.jsonl", status=1), open(self.out / "log.jsonl", "a") as file:
+                file.write(json.dumps(self.rows[-1]) + "\n")
+
+    def save(self, name, model, **more):
+        """A checkpoint of the model and what else is to be kept; its random state is config's seed and the step."""
+        if self.writes:
+            self.check("a parameter", sum(p.detach().sum() for p in model.parameters()).item(), self.step)
+            write_atomic(self.out / name, dict(model=model.state_dict(), config=dataclasses.asdict(self.c), **more,
+                                               step=self.step, best=self.best, seconds=self.seconds, rows=self.rows))
+
+
+def train_step(model, raw, ema, optimizers, autocast, train, c, step, steps, rank, world):
+    """One update of the parameters and the average; returns the mean loss and accuracy of the batch, (2,), on the device.
+
+    N ranks do what one rank does with N times the accumulation, but for batch norm's statistics.
+    """
+    torch.manual_seed(int(np.random.SeedSequence((c.seed, step, rank)).generate_state(1)[0]))  # DropPath, DropBlock
+    model.train(not c.freeze)  # a frozen network's batch norm keeps its statistics
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            left = max(0.0, 1 - step / (steps * group.get("until", 1)))
+            group["lr"] = group["peak"] * (left if c.schedule == "linear" else learning_rate(step, 1, c.warmup, steps))
+    total = torch.zeros(2, device=train[0].device)
+    for micro in range(c.grad_accum):
+        x, y = training_batch(c, *train, step, micro * world + rank, c.grad_accum * world)  # (B, 3, H, W), (B,)
+        if world > 1:  # ranks exchange gradients at the last micro-batch; DDP wants to know before the forward pass
+            model.require_backward_grad_sync = micro == c.grad_accum - 1
+        with autocast:
+            logits = model(normalise(x, model_stats(raw), c.image_size)).float()  # (B, classes)
+            loss = F.cross_entropy(logits, y, label_smoothing=c.label_smoothing) / c.grad_accum
+        loss.backward()
+        total += torch.stack((loss.detach(), (logits.argmax(dim=1) == y).float().mean() / c.grad_accum))
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    if ema is not None:  # buffers too: batch norm's statistics must fit the averaged weights
+        decay = min(c.ema, (step + 1) / (step + 10))  # short at first, so that the random start is soon forgotten
+        for a, b in zip(ema.state_dict().values(), raw.state_dict().values()):
+            a.lerp_(b, 1 - decay) if a.is_floating_point() else a.copy_(b)
+    return total
+
+
+def train(c, interrupts=()):
+    """Train as the Config c says, into the folder c.out, until interrupts has something in it; returns the status."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device, dtype, autocast = pick_device(c.device, c.dtype)
+    if world > 1:
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if rank > 0:  # the first rank may have to download
+        torch.distributed.barrier()
+    torch.manual_seed(c.seed)  # the same initial weights on every rank
+    *splits, classes = load_images(c)
+    raw, saved = load_network(c, len(classes)), load_checkpoint(f"{c.out}/ckpt.pt") if c.resume else None
+    if rank == 0 and world > 1:
+        torch.distributed.barrier()
+    train_split, val, test = [[t.to(device) for t in split] for split in splits]  # uint8, all on the device
+    if raw.stem == "whiten" and not saved and not c.init:
+        raw.whiten_stem(normalise(train_split[0][:5000].cpu(), CIFAR10_STATS))
+    raw.to(device, memory_format=torch.channels_last)  # a pixel's channels side by side, as convolutions like them
+    ema = copy.deepcopy(raw).requires_grad_(False) if c.ema else None
+    optimizers = sgd_or_muon(raw, c)
+    run = RunFolder(c, saved, writes=rank == 0)
+    if saved:
+        with one_line(f"{c.out}/ckpt.pt can't be gone on with"):
+            raw.load_state_dict(saved["model"])
+            for optimizer, state in zip(optimizers, saved["optimizer"], strict=True):  # rates and decay as flags say
+                optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
+            if ema is not None:
+                ema.load_state_dict(saved["ema"])
+    model = torch.compile(raw) if c.compile else raw  # raw, not compiled, is what is evaluated and saved
+    if world > 1:
+        model = nn.parallel.DistributedDataParallel(model)
+    batch, macs = c.batch_size * c.grad_accum * world, count_macs(raw, c.image_size or 32)
+    per_epoch = max(1, len(train_split[0]) // batch)
+    steps = c.steps or math.ceil(c.epochs * per_epoch)
+    if rank == 0:
+        print(" ".join(f"{name}={value!r}" for name, value in dataclasses.asdict(c).items()))
+        print(f"{sum(p.numel() for p in raw.parameters()):,} parameters | {macs / 1e6:.1f}M MACs | "
+              f"{len(train_split[0]):,} images to train on | {steps} steps of {batch} | {device} {dtype}")
+
+    def save(name):
+        averaged = {"ema": ema.state_dict()} if ema is not None else {}
+        run.save(name, raw, model_config=raw.settings, optimizer=[o.state_dict() for o in optimizers], **averaged)
+
+    resumed_at, end, every = run.step if saved else None, min(steps, c.stop_at or steps), c.eval_every or per_epoch
+    clock, logged, pending, stop = time.perf_counter(), run.seconds, [], False
+    while True:
+        due = (run.step % every == 0 or run.step == end) and run.step != resumed_at
+        stop = stop or (world == 1 and len(interrupts) > 0)
+        if pending and (due or stop or run.step % c.log_every == 0):
+            sums = torch.cat([*pending, pending[0].new_tensor([len(interrupts)])])
+            if world > 1:  # the sum over ranks; a Ctrl-C may reach one of them first, all must stop at the same step
+                torch.distributed.all_reduce(sums)
+            *values, stop = sums.tolist()  # this waits for the device
+            run.seconds, clock = run.seconds + time.perf_counter() - clock, time.perf_counter()
+            for i, loss in enumerate(values[::2]):
+                run.check("loss", loss, run.step - len(pending) + i)
+            loss, accuracy = (sum(v) / len(pending) / world for v in (values[::2], values[1::2]))
+            ms, lr = 1e3 * (run.seconds - logged) / len(pending), optimizers[0].param_groups[0]["lr"]
+            rate, pflop, logged, pending = 1e3 * batch / ms, 6e-15 * macs * batch * run.step, run.seconds, []
+            run.log(f"step {run.step}/{steps} | loss {loss:.4f} | accuracy {accuracy:.3f} | lr {lr:.1e} | {ms:.1f} ms | "
+                    f"{rate:.0f} images/s | {pflop:.3g} PFLOP", loss=loss, train_accuracy=accuracy, lr=lr, ms=ms,
+                    seconds=run.seconds, images_per_s=rate, pflop=pflop)
+        if due:
+            scores = [{} if c.full_train else evaluate(ema or raw, *val, c, autocast)[0]]
+            if world > 1:  # the first rank's for all
+                torch.distributed.broadcast_object_list(scores)
+            if not c.full_train:  # else there are no images that it has not seen
+                run.log(f"step {run.step}/{steps} | " + " | ".join(f"{k} {v:.4f}" for k, v in scores[0].items()),
+                        seconds=run.seconds, **scores[0])
+            if c.full_train or scores[0]["val_accuracy"] > run.best:
+                run.best = scores[0].get("val_accuracy", -math.inf)
+                save("best.pt")
+            curves = {name: [(row["step"], 100 * row[key]) for row in run.rows if key in row]
+                      for name, key in (("train", "train_accuracy"), ("val", "val_accuracy"))}
+            curves = {name: line for name, line in curves.items() if line}
+            if rank == 0 and curves:
+                curves_svg(run.out / "curves.svg", curves, "step", "accuracy, %")
+        if due or stop:
+            save("ckpt.pt")
+            clock = time.perf_counter()
+        if run.step >= end or stop:
+            break
+        pending.append(train_step(model, raw, ema, optimizers, autocast, train_split, c, run.step, steps, rank, world))
+        run.step += 1
+    if world > 1:  # a gloo group that ends while DDP still holds it may abort
+        del model
+        gc.collect()
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    if rank == 0 and stop:
+        print(f"stopped after step {run.step}; to go on: python resnet.py --resume --out {c.out}")
+    elif rank == 0:
+        best = load_checkpoint(run.out / "best.pt")
+        raw.load_state_dict(best.get("ema") or best["model"])
+        scores = test_scores(raw, test, classes, c, autocast)
+        memory = peak_mb(device)
+        run.log(f"{run.seconds:.0f} s of training | peak {memory:.0f} MB", seconds=run.seconds, **scores, final=True,
+                peak_mb=memory)
+    return 130 if stop else 0
+
+
+def test_scores(model, test, classes, c, autocast):
+    """Print and return the accuracy on the test images, of each class and averaged over views; --save_logits too."""
+    scores, right = evaluate(model, *test, c, autocast, views=True)
+    each = {name: round(right[test[1] == k].mean().item(), 4) for k, name in enumerate(classes)}
+    print(" | ".join(f"{name} {value:.3f}" for name, value in each.items()))
+    print("test accuracy {:.4f} | averaged with the mirror image {:.4f} | over six views {:.4f}".format(*scores.values()))
+    if c.save_logits:
+        images = load_images(dataclasses.replace(c, full_train=True, labels=1.0))[0][0]
+        write_logits(c.save_logits, model, images.to(test[0].device), c, autocast)
+    return scores | dict(classes=each)
+
+
+def evaluate_only(c):
+    """The test accuracy of --init or out/best.pt, without training."""
+    device, _, autocast = pick_device(c.device, c.dtype)
+    *_, test, classes = load_images(c)
+    model = load_network(c, len(classes)).to(device, memory_format=torch.channels_last)
+    test_scores(model, [t.to(device) for t in test], classes, c, autocast)
+    return 0
+
+
+def pick_device(name, dtype):
+    """The device and the type to compute in, "auto" resolved. Raises ValueError if it is not here."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    with one_line(f"--device {name} is not here"):
+        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+        torch.zeros(1, device=device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 where fp32 is left
+    if dtype == "auto":  # a CPU without matrix units for bfloat16 is many times slower in it
+        fast = (device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+                or device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False))
+        dtype = "bfloat16" if fast else "float32"
+    dtype = getattr(torch, dtype)
+    return device, dtype, torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def peak_mb(device):
+    """The most memory that was in use: the card's, else the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    with contextlib.suppress(ImportError):  # Windows has no such module
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    return math.nan
+
+
+# ---- why the shortcut works: Figure 6 and the loss landscape -------------------------------------------------------
+
+def figure6(c, interrupts):
+    """Train plain and residual networks of 20 and 56 layers, each in a folder of its own, and draw their errors.
+
+    A run that was interrupted goes on from its checkpoint.
+    """
+    train_error, val_error = {}, {}
+    for name, depth, plain in (("plain20", 20, True), ("plain56", 56, True), ("resnet20", 20, False),
+                               ("resnet56", 56, False)):
+        out = Path(c.out) / "figure6" / name
+        status = train(dataclasses.replace(c, arch=f"resnet{depth}", plain=plain, out=str(out), figure6=False,
+                                           resume=(out / "ckpt.pt").exists()), interrupts)
+        if status:
+            return status
+        rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        for errors, key in ((train_error, "train_accuracy"), (val_error, "val_accuracy")):
+            errors[name] = [(row["step"], 100 - 100 * row[key]) for row in rows if key in row]
+    curves_svg(Path(c.out) / "figure6_train.svg", train_error, "step", "training error, %")
+    curves_svg(Path(c.out) / "figure6_val.svg", val_error, "step", "validation error, %")
+    print(f"wrote {c.out}/figure6_train.svg and figure6_val.svg")
+    return 0
+
+
+@torch.no_grad()
+def loss_surface(model, images, labels, n, seed, c, autocast):
+    """Losses (n, n) at θ + a δ + b η, a and b from -1 to 1, for two random directions δ, η ([8] eq. 1).
+
+    Filter-normalised ([8] §4): each filter of a direction is as long as the model's, since a network behaves the same
+    when a filter is scaled in front of a norm, and so distances mean nothing until they are measured in filters.
+    Biases and norms stay as they are.
+    """
+    generator, start, directions = torch.Generator().manual_seed(seed), [], ([], [])
+    for p in model.parameters():
+        start.append(p.clone())
+        for direction in directions:
+            d = torch.randn(p.shape, generator=generator).to(p)
+            if p.dim() > 1:
+                length = p.flatten(1).norm(dim=1) / d.flatten(1).norm(dim=1)  # (C_out,)
+                direction.append(d * length.view(-1, *[1] * (p.dim() - 1)))
+            else:
+                direction.append(torch.zeros_like(p))
+    surface = torch.zeros(n, n)
+    for i, b in enumerate(torch.linspace(1, -1, n).tolist()):
+        for j, a in enumerate(torch.linspace(-1, 1, n).tolist()):
+            for p, *terms in zip(model.parameters(), start, *directions):
+                p.copy_(terms[0] + a * terms[1] + b * terms[2])
+            surface[i, j] = evaluate(model, images, labels, c, autocast)[0]["val_loss"]
+    for p, value in zip(model.parameters(), start):
+        p.copy_(value)
+    return surface
+
+
+def contour_svg(path, panels, levels):
+    """Contour lines of {title: surface (n, n)}, side by side, by marching squares: a line enters and leaves a cell of
+    four neighbouring points where the level lies between two of them."""
+    svg = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {340 * len(panels) + 60} 360" '
+           'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="white"/>']
+    colours = [f"hsl({250 - 250 * k / max(1, len(levels) - 1):.0f},75%,45%)" for k in range(len(levels))]
+    for number, (title, surface) in enumerate(panels.items()):
+        z, n = surface.double().nan_to_num(nan=1e9, posinf=1e9).tolist(), len(surface)
+        x0, y0, side = 20 + 340 * number, 30, 310 / (n - 1)
+        svg.append(f'<text x="{x0 + 155}" y="20" text-anchor="middle">{title}</text>'
+                   f'<rect x="{x0}" y="{y0}" width="310" height="310" fill="none" stroke="#999"/>')
+        for level, colour in zip(levels, colours):
+            path_data = []
+            for i in range(n - 1):
+                for j in range(n - 1):
+                    corners, points = ((i, j), (i, j + 1), (i + 1, j + 1), (i + 1, j)), []
+                    for (i0, j0), (i1, j1) in zip(corners, corners[1:] + corners[:1]):
+                        p, q = z[i0][j0], z[i1][j1]
+                        if (p < level) != (q < level):
+                            t = (level - p) / (q - p)
+                            points.append(f"{x0 + side * (j0 + t * (j1 - j0)):.1f} {y0 + side * (i0 + t * (i1 - i0)):.1f}")
+                    path_data += [f"M{a}L{b}" for a, b in zip(points[::2], points[1::2])]
+            svg.append(f'<path d="{"".join(path_data)}" stroke="{colour}" fill="none"/>')
+    for k, (level, colour) in enumerate(zip(levels, colours)):
+        svg.append(f'<text x="{340 * len(panels) + 10}" y="{40 + 16 * k}" fill="{colour}">{level:.3g}</text>')
+    write_atomic(path, "\n".join([*svg, "</svg>"]).encode())
+
+
+def landscape(c):
+    """Draw the training loss around each of the checkpoints in --landscape."""
+    device, _, autocast = pick_device(c.device, c.dtype)
+    models = {path: from_pretrained(path) for path in c.landscape.split(",")}
+    images, labels = (t[:256].to(device) for t in load_images(c)[0])
+    panels = {}
+    for path, model in models.items():
+        started = time.perf_counter()
+        model.to(device, memory_format=torch.channels_last)
+        panels[path] = loss_surface(model, images, labels, c.grid, c.seed, c, autocast)
+        low, high = panels[path].min().item(), panels[path].max().item()
+        print(f"{path}: loss {low:.3f} to {high:.4g} within one filter length, {time.perf_counter() - started:.0f} s")
+    with one_line(f"can't make the folder {c.out}", status=1):
+        Path(c.out).mkdir(parents=True, exist_ok=True)
+    contour_svg(Path(c.out) / "landscape.svg", panels, [0.1 * 10 ** (k / 6) for k in range(19)])  # .1 to 100
+    write_atomic(Path(c.out) / "landscape.json",
+                 json.dumps({path: surface.tolist() for path, surface in panels.items()}).encode())
+    print(f"wrote {c.out}/landscape.svg")
+
+
+# ---- command line --------------------------------------------------------------------------------------------------
+
+def parse_flags(config, doc, argv):
+    """A config from flags, one for each of its fields, the field's comment as help. --resume, and --eval_only with a
+    checkpoint, start from that run's flags."""
+    def fail(message):
+        raise UserError(f"{message}; see --help")
+
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config), re.M))
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.error = fail
+    for field in dataclasses.fields(config):
+        kind = (typing.get_args(field.type) or [field.type])[0]  # int of int | None
+        how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind, metavar=kind.__name__)
+        text = f"{comments[field.name]} [{field.default}]".replace("%", "%%")
+        parser.add_argument(f"--{field.name}", help=text, **how)
+    flags = vars(parser.parse_args(argv))
+    c = config(**flags)  # checks them before any file is read
+    source = f"{c.out}/ckpt.pt" if c.resume else (c.init or f"{c.out}/best.pt") if c.eval_only else ""
+    if source.endswith(".pt"):
+        once = ("resume", "init", "stop_at", "out", "eval_only")
+        saved = load_checkpoint(source)["config"]
+        flags = {name: value for name, value in saved.items() if name in vars(c) and name not in once} | flags
+    return config(**flags)
+
+
+def main(argv=None):
+    """Run the command line. Returns the exit status: 0, 1 for a failed run, 2 for bad input, 130 after Ctrl-C."""
+    try:
+        c = parse_flags(Config, __doc__, argv)
+        if c.landscape:
+            landscape(c)
+            return 0
+        if c.eval_only:
+            return evaluate_only(c)
+        pressed, old = [], signal.getsignal(signal.SIGINT)  # a first Ctrl-C stops between steps, a second at once
+        signal.signal(signal.SIGINT, lambda *_: (pressed.append(True), signal.signal(signal.SIGINT, old)))
+        try:
+            return figure6(c, pressed) if c.figure6 else train(c, pressed)
+        finally:
+            signal.signal(signal.SIGINT, old)
+    except UserError as error:
+        print(f"resnet.py: {error}", file=sys.stderr)
+        return error.status
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        print(f"resnet.py: out of memory ({error}): lower --batch_size", file=sys.stderr)
+        return 1
+    except SystemExit as error:  # --help
+        return error.code or 0
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -488,7 +488,7 @@ def make_optimizers(model, c):
 
 
 def learning_rate(step, peak, warmup, steps, floor=0.0):
-    """Linear warm-up to peak, then half a cosine down to floor · peak after the last step (arXiv 1608.03983, eq. 5)."""
+    """Linear warm-up to peak, then half a cosine down to floor · peak behind the last step (arXiv 1608.03983 eq. 5)."""
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
     progress = min(1.0, (step - warmup) / max(1, steps - warmup))
@@ -779,13 +779,13 @@ def pick_device(name, dtype):
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     with one_line(f"--device {name} is not here"):
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where fp32 is left
     if dtype == "auto":  # a CPU without matrix units for bfloat16 is many times slower in it
         fast = (device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-                or device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False))
+                or device.type == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False))
         dtype = "bfloat16" if fast else "float32"
     dtype = getattr(torch, dtype)
     return device, dtype, torch.autocast(device.type, dtype, enabled=dtype != torch.float32)

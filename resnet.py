@@ -4,35 +4,42 @@
 # ///
 """ResNet: networks a hundred layers deep that train, because each block only has to learn what to add to its input.
 
-A plain stack of convolutions gets worse, on the training set too, when it gets deeper; with a shortcut around every two
-or three of them, y = F(x) + x, it gets better [1]. The same idea carries Wide ResNet, ResNeXt and RegNet, which differ
-in the block F and in how many of them stand in a stage: here they are rows of one table.
+A plain stack of convolutions gets worse, on the training set too, when it gets deeper; with a shortcut around every
+two or three of them, y = F(x) + x, it gets better [1]. Wide ResNet, ResNeXt and RegNet keep the shortcut and differ in
+the block F, its width, and how many of them stand in a stage: here each is one line of settings.
 
     python resnet.py                                    # offline, ten kinds of shapes that the script draws
     python resnet.py --data cifar10 --epochs 30         # downloads 170 MB
     python resnet.py --data cifar10 --figure6           # plain and residual, 20 and 56 layers: [1] Figure 6
     python resnet.py --data cifar10 --landscape out/resnet/figure6/plain56/ckpt.pt,out/resnet/figure6/resnet56/ckpt.pt
     python resnet.py --data cifar10 --arch fast --optimizer muon --schedule linear --batch_size 2000 --epochs 8 \\
-        --flip alternate --crop 2 --label_smoothing 0.2 --full_train        # the most accuracy per FLOP
-    python resnet.py --data cifar10 --init resnet18 --image_size 128 --lr 0.02 --epochs 3     # ImageNet's weights
+        --flip alternate --crop 2 --label_smoothing 0.2 --full_train        # much accuracy per FLOP
+    python resnet.py --data cifar10 --init resnet18 --image_size 128 --lr 0.02 --backbone_lr 0.1 --epochs 3
+    python resnet.py --resume --save_logits logits.npy  # a finished run goes on, here only to its end
     torchrun --nproc_per_node=8 resnet.py --data cifar10 --arch wrn28-10 --epochs 200 --weight_decay 5e-4 --compile
 
-What to expect: not yet measured.
+and in Python: model = from_pretrained("out/resnet/best.pt").eval(), model(normalise(images, model.stats)).
 
-Differs from [1]: ...
+What to expect (torch 2.13.0, two cores of an AMD EPYC, fp32, seed 0, n = 1; logs in assets/logs/resnet/):
+EXPECT
 
-Shapes: B batch, C channels, H and W height and width; images are (B, 3, H, W), uint8 until they are augmented.
+Differs from [1]: Nesterov momentum, cosine instead of steps (÷10 after 32,000 and 48,000), decay on weights only, crops
+with reflected borders, stride in a bottleneck's 3×3 convolution (v1.5). What is left of an epoch after the last whole
+batch is dropped. Stochastic depth draws a coin per image, DropBlock works on a block's sum: see there.
 
-[1] He et al. 2015, Deep residual learning, arXiv 1512.03385v1       [2] He et al. 2015, Delving deep into rectifiers,
-arXiv 1502.01852v1           [3] Zagoruyko and Komodakis 2016, Wide residual networks, arXiv 1605.07146v4
-[4] Xie et al. 2016, ResNeXt, arXiv 1611.05431v2         [5] Radosavovic et al. 2020, RegNet, arXiv 2003.13678v1
-[6] Huang et al. 2016, Stochastic depth, arXiv 1603.09382v3      [7] Ghiasi et al. 2018, DropBlock, arXiv 1810.12890v1
-[8] Li et al. 2017, Visualizing the loss landscape, arXiv 1712.09913v3
+Shapes: B batch, C channels, H and W height and width, N images; images are (B, 3, H, W), uint8 until augmented.
+
+[1] He et al. 2015, Deep residual learning, arXiv 1512.03385v1
+[2] He et al. 2015, Delving deep into rectifiers, arXiv 1502.01852v1
+[3] Zagoruyko and Komodakis 2016, Wide ResNet, 1605.07146v4      [4] Xie et al. 2016, ResNeXt, arXiv 1611.05431v2
+[5] Radosavovic et al. 2020, RegNet, arXiv 2003.13678v1          [6] Huang et al. 2016, Stochastic depth, 1603.09382v3
+[7] Ghiasi et al. 2018, DropBlock, arXiv 1810.12890v1            [8] Li et al. 2017, Loss landscape, arXiv 1712.09913v3
 [9] Jordan et al. 2024, Muon, kellerjordan.github.io/posts/muon  [10] Jordan 2024, airbench, arXiv 2404.00498v2
+[11] airbench94_muon.py in [10]'s code, github.com/KellerJordan/cifar10-airbench
 """
 
-import argparse, contextlib, copy, dataclasses, functools, gc, hashlib, inspect, io, json, math, os, re, signal, sys
-import tarfile, time, typing
+import argparse, contextlib, copy, dataclasses, functools, gc, hashlib, html, inspect, io, itertools, json, math, os, re
+import signal, sys, tarfile, time, typing
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +47,7 @@ import requests
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 
 class UserError(ValueError):
@@ -59,25 +67,25 @@ class Config:
     data_dir: str = "data"  # where downloads land
     labels: float = 1.0  # fraction of the training images that is used, the same of each class
     full_train: bool = False  # train on the validation images too: for a last run, when all choices are made
-    flip: str = "random"  # none, random, or alternate: mirrored in every second epoch, half of the images in each [10]
+    flip: str = "random"  # none, random, or alternate: each image in every second epoch, half of them in each [10]
     crop: int = 4  # pixels by which an image is shifted at most, its border reflected ([1] §4.2 pads with zeros)
     image_size: int = 0  # pixels to which images are resized on the device; 0: as they are
     # model
-    arch: str = "resnet20"  # a name of ARCHS
-    init: str | None = None  # start from an official name (see OFFICIAL), its .pth file, or a checkpoint of this script
+    arch: str = "resnet20"  # resnet20 to resnet152, resnext50_32x4d, wide_resnet50_2, regnet_x_400mf, wrn28-10, fast
+    init: str | None = None  # start from resnet50 or another of torchvision's, its .pth file, or this script's .pt
     plain: bool = False  # leave the shortcuts out
     norm: str = "batch"  # batch, layer (over channels and positions of an image) or none
     weight_init: str = "kaiming"  # kaiming [2], or xavier, which halves the variance at each ReLU
     drop_path: float = 0.0  # probability that the last block's branch is left out, rising linearly with depth [6]
-    drop_block: float = 0.0  # fraction of the last two stages' outputs that is dropped, in squares [7]
+    drop_block: float = 0.0  # fraction dropped, in squares, from each block's output in the last two stages [7]
     freeze: bool = False  # train the last layer alone
     # optimiser
     optimizer: str = "sgd"  # sgd (Nesterov), or muon: orthogonal updates of normalised filters, for --arch fast
-    lr: float | None = None  # peak learning rate; None: 0.1 with sgd ([1] §4.2), 0.24 with muon [10]
+    lr: float | None = None  # peak learning rate; None: 0.1 with sgd ([1] §4.2), 0.24 with muon (filters alone) [11]
     backbone_lr: float = 1.0  # rate of all but the last layer, as a fraction of lr; try 0.1 with --init
     schedule: str = "cosine"  # or linear
     warmup: int = 20  # steps of linear warm-up (cosine alone)
-    weight_decay: float = 1e-4  # on weights only: not on biases, nor batch norm's scale ([1] §4.2; muon has its own)
+    weight_decay: float = 1e-4  # as in [1] §4.2, but on weights alone, not on biases and norms; muon has its own
     label_smoothing: float = 0.0  # probability that the targets spread over all classes
     ema: float = 0.0  # decay of an average of weights and batch-norm buffers that is evaluated instead; 0: none
     batch_size: int = 128  # images per micro-batch
@@ -95,20 +103,18 @@ class Config:
     dtype: str = "auto"  # float32 or bfloat16; auto: bfloat16 where the hardware multiplies matrices in it
     compile: bool = False  # torch.compile: a wait at first (it needs a C++ compiler on a CPU), then faster steps
     # other things to do
-    eval_only: bool = False  # no training: the test accuracy of --init, or else of out/best.pt
-    save_logits: str | None = None  # .npy file for the logits (N, 2, classes) of all training images and their mirrors
+    save_logits: str | None = None  # .npy file for logits (N, 2, classes) of all training images and their mirrors
     figure6: bool = False  # train plain and residual networks of 20 and 56 layers and draw their errors
     landscape: str | None = None  # checkpoints, comma-separated: draw the loss around each, side by side
     grid: int = 17  # points along each axis of the landscape
-    given = ()  # no field: the names of the flags on the command line
 
     def __post_init__(self):
         self.lr = {"sgd": 0.1, "muon": 0.24}.get(self.optimizer) if self.lr is None else self.lr
         known = dict(flip=("none", "random", "alternate"), norm=("batch", "layer", "none"), arch=tuple(ARCHS),
                      weight_init=("kaiming", "xavier"), optimizer=("sgd", "muon"), schedule=("cosine", "linear"),
                      dtype=("auto", "float32", "bfloat16"))
-        may_be_0 = ("crop", "image_size", "drop_path", "drop_block", "warmup", "weight_decay", "label_smoothing", "ema",
-                    "seed")
+        may_be_0 = ("crop", "image_size", "drop_path", "drop_block", "warmup", "weight_decay", "label_smoothing",
+                    "ema", "seed")
         for name, value in vars(self).items():
             most = {"crop": 31, "image_size": 1024}.get(name, sys.maxsize)
             most = 1 if name in ("labels", "backbone_lr", "label_smoothing") else most
@@ -119,15 +125,29 @@ class Config:
                 raise UserError(f"--{name} {value}: want {'0' if name in may_be_0 else 'above 0'} to {most}")
         if self.data not in ("shapes", "cifar10") and not (Path(self.data) / "cifar-10-batches-bin").is_dir():
             raise UserError(f"--data {self.data}: want shapes, cifar10, or a folder that holds cifar-10-batches-bin/")
-        if self.resume and self.init:
-            raise UserError("--resume goes on from --out and --init starts anew: give one of them")
-        if self.optimizer == "muon" and (self.arch != "fast" or self.freeze):
-            raise UserError("--optimizer muon normalises filters: it is for --arch fast, without --freeze")
-        if self.save_logits and not self.save_logits.endswith(".npy"):
-            raise UserError(f"--save_logits {self.save_logits}: want a name that ends in .npy")
+        muon, fast = self.optimizer == "muon", self.arch == "fast"
+        logits = Path(self.save_logits or "x.npy").resolve()
+        clashes = {
+            "--resume goes on from --out and --init starts anew: give one of them": self.resume and self.init,
+            f"--init {self.init}: no such file, nor one of {', '.join(OFFICIAL)}":
+                self.init and self.init not in OFFICIAL and not Path(self.init).is_file(),
+            "--optimizer muon is for --arch fast with batch norm, without --freeze or --backbone_lr":
+                muon and (not fast or self.norm != "batch" or self.freeze or self.backbone_lr != 1),
+            "--arch fast has initial weights of its own: no --weight_init": fast and self.weight_init != "kaiming",
+            "--plain leaves no shortcut to take when --drop_path leaves out a branch": self.plain and self.drop_path,
+            "--figure6 trains four fresh networks: not with --resume, --init, --full_train or --save_logits":
+                self.figure6 and (self.resume or self.init or self.full_train or self.save_logits),
+            "--batch_size 1: batch norm needs two images": self.norm == "batch" and self.batch_size == 1,
+            f"--image_size {self.image_size}: want 0 or 16 to 1024": 0 < self.image_size < 16,
+            f"--grid {self.grid}: want an odd number from 3 (it has a centre)": self.grid < 3 or self.grid % 2 == 0,
+            f"--save_logits {self.save_logits}: want a name that ends in .npy, in a folder that is here":
+                logits.suffix != ".npy" or not logits.parent.is_dir()}
+        for message, clash in clashes.items():
+            if clash:
+                raise UserError(message)
 
 
-# ---- blocks: each computes a branch F(x), to which the shortcut is added --------------------------------------------
+# ---- blocks: each computes a branch F(x), to which the shortcut is added -------------------------------------------
 
 def conv(C_in, C_out, size, stride=1, groups=1):
     """A convolution that keeps height and width (divided by stride). No bias: the norm behind it has one."""
@@ -135,9 +155,9 @@ def conv(C_in, C_out, size, stride=1, groups=1):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth [6]: leave the branch x (B, C, H, W) of some images out; the rest is scaled up to make up for it.
+    """Stochastic depth [6]: leave out the branch x (B, C, H, W) of some images, scale the others' up to make up for it.
 
-    [6] eq. 5 scales by 1 - p at test time instead: the same expectation.
+    Differs from [6]: a coin per image, not per mini-batch; and its eq. 5 scales by 1 - p at test time instead.
     """
 
     def __init__(self, p):
@@ -167,9 +187,8 @@ class DropBlock(nn.Module):
         # [7] eq. 1: a seed per square, drawn where the whole square fits in
         gamma = self.p / s**2 * H * W / ((H - s + 1) * (W - s + 1))
         seeds = (torch.rand(B, C, H - s + 1, W - s + 1, device=x.device) < gamma).float()
-        dropped = F.max_pool2d(F.pad(seeds, [s - 1] * 4), s, stride=1)  # (B, C, H, W): 1 in each seed's s × s square
-        keep = 1 - dropped
-        return (x * (keep * (keep.numel() / keep.sum().clamp(min=1)))).type_as(x)  # [7] Alg. 1, step 6
+        keep = 1 - F.max_pool2d(F.pad(seeds, [s - 1] * 4), s, stride=1)  # (B, C, H, W): 0 in each seed's s × s square
+        return (x * (keep * (keep.numel() / keep.sum().clamp(min=1)))).type_as(x)  # [7] Alg. 1, steps 7 and 8
 
 
 class PadShortcut(nn.Module):
@@ -184,24 +203,30 @@ class PadShortcut(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """y = relu(F(x) + x), where F is the subclass's branch. A downsample of None: y = relu(F(x)), a plain network."""
+    """y = relu(F(x) + x), where F is the subclass's branch.
 
-    def __init__(self, downsample, drop_path):
+    downsample is what the shortcut does to x, nothing (nn.Identity) where shapes agree; None is no shortcut, relu(F(x)).
+    """
+
+    def __init__(self, downsample, drop_path, drop_block):
         super().__init__()
-        self.downsample, self.drop_path = downsample, DropPath(drop_path)
+        self.downsample, self.drop_path, self.drop_block = downsample, drop_path, drop_block
+
+    def add(self, x, y):
+        """shortcut(x) + F(x), where y is F(x) ([1] eq. 1 and 2)."""
+        if self.downsample is not None:
+            y = self.downsample(x) + self.drop_path(y)
+        return self.drop_block(y)
 
     def forward(self, x):
-        y = self.branch(x)
-        if self.downsample is not None:
-            y = self.downsample(x) + self.drop_path(y)  # [1] eq. 1 and 2
-        return F.relu(y)
+        return F.relu(self.add(x, self.branch(x)))
 
 
 class BasicBlock(ResidualBlock):
     """Two 3×3 convolutions ([1] Figure 5 left)."""
 
-    def __init__(self, C_in, C, stride, norm, *shortcut):
-        super().__init__(*shortcut)
+    def __init__(self, C_in, C, stride, norm, *addition):
+        super().__init__(*addition)
         self.conv1, self.bn1 = conv(C_in, C, 3, stride), norm(C)
         self.conv2, self.bn2 = conv(C, C, 3), norm(C)
 
@@ -217,8 +242,8 @@ class Bottleneck(ResidualBlock):
     see one another; RegNetX [5] has no bottleneck (ratio 1) and groups of a fixed width.
     """
 
-    def __init__(self, C_in, C, stride, norm, *shortcut, ratio=0.25, groups=1, group_width=None):
-        super().__init__(*shortcut)
+    def __init__(self, C_in, C, stride, norm, *addition, ratio=0.25, groups=1, group_width=None):
+        super().__init__(*addition)
         inner = int(C * ratio)
         groups = inner // group_width if group_width else groups
         self.conv1, self.bn1 = conv(C_in, inner, 1), norm(inner)
@@ -234,24 +259,22 @@ class Bottleneck(ResidualBlock):
 class PreActBlock(ResidualBlock):
     """Norm and ReLU before each convolution, nothing after the sum: the shortcut is never bent (Wide ResNet [3])."""
 
-    def __init__(self, C_in, C, stride, norm, *shortcut):
-        super().__init__(*shortcut)
+    def __init__(self, C_in, C, stride, norm, *addition):
+        super().__init__(*addition)
         self.bn1, self.conv1 = norm(C_in), conv(C_in, C, 3, stride)
         self.bn2, self.conv2 = norm(C), conv(C, C, 3)
 
     def forward(self, x):
         a = F.relu(self.bn1(x))
         y = self.conv2(F.relu(self.bn2(self.conv1(a))))  # (B, C, H / stride, W / stride)
-        if self.downsample is None:
-            return y
-        return self.drop_path(y) + self.downsample(x if isinstance(self.downsample, nn.Identity) else a)
+        return self.add(x if isinstance(self.downsample, nn.Identity) else a, y)
 
 
 class FastBlock(ResidualBlock):
     """A convolution that halves height and width by max-pooling, then a residual pair: airbench96's group [10]."""
 
-    def __init__(self, C_in, C, stride, norm, *shortcut):
-        super().__init__(*shortcut)
+    def __init__(self, C_in, C, stride, norm, *addition):
+        super().__init__(*addition)
         self.conv1, self.bn1, self.stride = conv(C_in, C, 3), norm(C), stride
         self.conv2, self.bn2 = conv(C, C, 3), norm(C)
         self.conv3, self.bn3 = conv(C, C, 3), norm(C)
@@ -259,10 +282,10 @@ class FastBlock(ResidualBlock):
     def forward(self, x):
         x = F.gelu(self.bn1(F.max_pool2d(self.conv1(x), self.stride)))  # (B, C, H / stride, W / stride)
         y = self.bn3(self.conv3(F.gelu(self.bn2(self.conv2(x)))))
-        return F.gelu(y if self.downsample is None else x + self.drop_path(y))
+        return F.gelu(self.add(x, y))
 
 
-# ---- network: stages of blocks, in torchvision's names ---------------------------------------------------------------
+# ---- network: stages of blocks, in torchvision's names -------------------------------------------------------------
 
 def make_norm(kind, C, momentum=0.1):
     """Batch norm standardises each channel over batch and positions, in evaluation by running statistics.
@@ -279,16 +302,17 @@ def make_norm(kind, C, momentum=0.1):
 class ResNet(nn.Module):
     """images (B, 3, H, W) -> logits (B, num_classes). stages: (block, width, depth, stride) each.
 
-    stem: imagenet (7×7, stride 2, then max-pool), regnet (3×3, stride 2), cifar (3×3), wide (cifar's, its norm moved
-    behind the last block) or whiten (2×2, see whiten_stem). shortcut: what stands where the shape changes: A
-    (PadShortcut), B (1×1 convolution and norm) or conv (without norm).
+    stem: imagenet (7×7, stride 2, then max-pool), regnet (3×3, stride 2), cifar (3×3), wide (cifar's, its norm
+    moved behind the last block) or whiten (2×2, see whiten_stem). shortcut: what stands where the shape changes:
+    A (PadShortcut), B (1×1 convolution and norm) or conv (without norm).
     """
 
     def __init__(self, stages, num_classes=10, stem="cifar", stem_width=16, shortcut="B", norm="batch", plain=False,
                  weight_init="kaiming", drop_path=0.0, drop_block=0.0):
         super().__init__()
         self.stem, fast = stem, stem == "whiten"
-        normed = functools.partial(make_norm, norm, momentum=0.4 if fast else 0.1)  # short training, short memory [10]
+        self.stats = IMAGENET_STATS if stem in ("imagenet", "regnet") else CIFAR10_STATS  # of the images it wants
+        normed = functools.partial(make_norm, norm, momentum=0.4 if fast else 0.1)  # short run, short memory [10]
         size, stride = {"imagenet": (7, 2), "regnet": (3, 2)}.get(stem, (3, 1))
         self.conv1 = nn.Conv2d(3, stem_width, 2) if fast else conv(3, stem_width, size, stride)
         if not fast and stem != "wide":
@@ -296,33 +320,42 @@ class ResNet(nn.Module):
         C, total, done = stem_width, sum(depth for _, _, depth, _ in stages), 0
         for i, (block, width, depth, stride) in enumerate(stages, 1):
             blocks = []
-            for stride in [stride] + [1] * (depth - 1):
+            for j in range(depth):
+                s, done = stride if j == 0 else 1, done + 1
                 if plain:
                     downsample = None
-                elif stride == 1 and C == width or fast:
+                elif fast or (s == 1 and C == width):
                     downsample = nn.Identity()
                 elif shortcut == "A":
-                    downsample = PadShortcut(C, width, stride)
+                    downsample = PadShortcut(C, width, s)
                 else:
-                    downsample = nn.Sequential(conv(C, width, 1, stride), *[normed(width)] * (shortcut == "B"))
-                done += 1  # [6] eq. 4: the l-th of L blocks is left out with probability p l / L
-                blocks.append(block(C, width, stride, normed, downsample, drop_path * done / total))
+                    norm_or_not = normed(width) if shortcut == "B" else nn.Identity()
+                    downsample = nn.Sequential(conv(C, width, 1, s), norm_or_not)
+                path = DropPath(drop_path * done / total)  # [6] eq. 4: the l-th of L blocks with probability p l / L
+                # differs from [7] §4.1: on each block's sum alone, p the same all the time
+                squares = DropBlock(drop_block if i > len(stages) - 2 else 0.0, size=7 if stem == "imagenet" else 3)
+                blocks.append(block(C, width, s, normed, downsample, path, squares))
                 C = width
-            if i > len(stages) - 2 and drop_block:  # [7] §4.1: in the last two groups
-                blocks.append(DropBlock(drop_block, size=7 if stem == "imagenet" else 3))
             setattr(self, f"layer{i}", nn.Sequential(*blocks))
-        self.depth = len(stages)
+        self.num_stages = len(stages)
         self.bn_last = normed(C) if stem == "wide" else nn.Identity()
         self.fc = nn.Linear(C, num_classes, bias=not fast)
+        self.init_weights(weight_init)
+
+    def init_weights(self, kind):
+        """Random filters with kaiming's or xavier's variance; the whiten stem's network begins as [10] has it."""
+        fast = self.stem == "whiten"
         for module in self.modules():
             if isinstance(module, nn.Conv2d) and not fast:
-                # [2] eq. 14: var 2 / fan keeps the variance through a ReLU, which halves it; Xavier's has 1 / fan
-                dict(kaiming=functools.partial(nn.init.kaiming_normal_, mode="fan_out", nonlinearity="relu"),
-                     xavier=nn.init.xavier_normal_)[weight_init](module.weight)
-            elif isinstance(module, nn.Conv2d) and module is not self.conv1:  # begins as copies of its input [10]
+                # [2] eq. 14: var 2 / fan_out keeps the gradient's variance through a ReLU, which halves it
+                if kind == "kaiming":
+                    nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                else:
+                    nn.init.xavier_normal_(module.weight)  # var 2 / (fan_in + fan_out): for an activation like tanh
+            elif isinstance(module, nn.Conv2d) and module is not self.conv1:  # its first filters copy its input
                 nn.init.dirac_(module.weight[:module.in_channels].data)
             elif isinstance(module, nn.BatchNorm2d) and fast:
-                module.weight.requires_grad_(False)  # what it scales is normalised again by the next one
+                module.weight.requires_grad_(False)  # biases alone are learned
         if fast:
             self.conv1.weight.requires_grad_(False)
             self.fc.weight.data /= self.fc.weight.std()
@@ -336,10 +369,10 @@ class ResNet(nn.Module):
             x = F.relu(self.bn1(x))
         if self.stem == "imagenet":
             x = F.max_pool2d(x, 3, stride=2, padding=1)
-        for i in range(self.depth):
+        for i in range(self.num_stages):
             x = getattr(self, f"layer{i + 1}")(x)  # (B, width, H / stride, W / stride)
         if self.stem == "whiten":
-            return x.amax(dim=(2, 3)) / x.size(1)  # max-pool and a small scale, in which the head begins to learn [10]
+            return x.amax(dim=(2, 3)) / x.size(1)  # max-pool, and a small scale for the head to begin with [10]
         if self.stem == "wide":
             x = F.relu(self.bn_last(x))
         return x.mean(dim=(2, 3))
@@ -363,32 +396,36 @@ def imagenet_resnet(block, widths, depths, num_classes=1000, stem="imagenet", st
 
 
 def cifar_resnet(depth, num_classes=10, **more):
-    """[1] §4.2: three stages of n blocks, depth 6 n + 2, option A shortcuts: 20, 32, 44, 56, 110."""
+    """[1] §4.2: three stages of n blocks, depth 6 n + 2, option A shortcuts: 20, 32, 44, 56, 110. Else ValueError."""
+    if depth % 6 != 2:
+        raise UserError(f"depth {depth}: want 6 n + 2")
     stages = [(BasicBlock, 16, depth // 6, 1), (BasicBlock, 32, depth // 6, 2), (BasicBlock, 64, depth // 6, 2)]
-    return ResNet(stages, num_classes, **{"shortcut": "A", "stem": "cifar", **more})
+    return ResNet(stages, num_classes, shortcut="A", **more)
 
 
 def wrn(depth, width, num_classes=10, **more):
-    """Wide ResNet [3]: three stages of n blocks, depth 6 n + 4, width times as wide."""
+    """Wide ResNet [3]: three stages of n blocks, depth 6 n + 4 (else ValueError), width times as wide."""
+    if depth % 6 != 4:
+        raise UserError(f"depth {depth}: want 6 n + 4")
     stages = [(PreActBlock, C * width, depth // 6, stride) for C, stride in ((16, 1), (32, 2), (64, 2))]
-    return ResNet(stages, num_classes, **{**more, "shortcut": "conv", "stem": "wide"})
+    return ResNet(stages, num_classes, "wide", shortcut="conv", **more)
 
 
 def fast(num_classes=10, **more):
-    """A whitening stem and three blocks, 160,000,000 MACs: airbench94 [10] with a shortcut in each block."""
+    """A whitening stem and three blocks, 160,000,000 MACs: airbench94's widths, airbench96's blocks [10]."""
     stages = [(FastBlock, 64, 1, 2), (FastBlock, 256, 1, 2), (FastBlock, 256, 1, 2)]
-    return ResNet(stages, num_classes, **{**more, "stem": "whiten", "stem_width": 24})
+    return ResNet(stages, num_classes, "whiten", 24, **more)
 
 
-basic, wide = (64, 128, 256, 512), (256, 512, 1024, 2048)
-resnet18 = functools.partial(imagenet_resnet, BasicBlock, basic, (2, 2, 2, 2))
-resnet34 = functools.partial(imagenet_resnet, BasicBlock, basic, (3, 4, 6, 3))
-resnet50 = functools.partial(imagenet_resnet, Bottleneck, wide, (3, 4, 6, 3))
-resnet101 = functools.partial(imagenet_resnet, Bottleneck, wide, (3, 4, 23, 3))
-resnet152 = functools.partial(imagenet_resnet, Bottleneck, wide, (3, 8, 36, 3))
-resnext50_32x4d = functools.partial(imagenet_resnet, functools.partial(Bottleneck, ratio=0.5, groups=32), wide,
+BASIC, BOTTLENECK = (64, 128, 256, 512), (256, 512, 1024, 2048)  # widths of the four stages
+resnet18 = functools.partial(imagenet_resnet, BasicBlock, BASIC, (2, 2, 2, 2))
+resnet34 = functools.partial(imagenet_resnet, BasicBlock, BASIC, (3, 4, 6, 3))
+resnet50 = functools.partial(imagenet_resnet, Bottleneck, BOTTLENECK, (3, 4, 6, 3))
+resnet101 = functools.partial(imagenet_resnet, Bottleneck, BOTTLENECK, (3, 4, 23, 3))
+resnet152 = functools.partial(imagenet_resnet, Bottleneck, BOTTLENECK, (3, 8, 36, 3))
+resnext50_32x4d = functools.partial(imagenet_resnet, functools.partial(Bottleneck, ratio=0.5, groups=32), BOTTLENECK,
                                     (3, 4, 6, 3))
-wide_resnet50_2 = functools.partial(imagenet_resnet, functools.partial(Bottleneck, ratio=0.5), wide, (3, 4, 6, 3))
+wide_resnet50_2 = functools.partial(imagenet_resnet, functools.partial(Bottleneck, ratio=0.5), BOTTLENECK, (3, 4, 6, 3))
 
 
 def regnet_x_400mf(num_classes=1000, stem="regnet", **more):
@@ -397,28 +434,22 @@ def regnet_x_400mf(num_classes=1000, stem="regnet", **more):
     return imagenet_resnet(block, (32, 64, 160, 400), (1, 2, 7, 12), num_classes, stem, 32, first=2, **more)
 
 
-OFFICIAL = dict(resnet18="f37072fd", resnet34="b627a593", resnet50="11ad3fa6", resnet101="cd907fc2",
-                resnet152="f82ba261", resnext50_32x4d="1a0047aa", wide_resnet50_2="9ba9bcbe", regnet_x_400mf="62229a5f")
+OFFICIAL = dict(resnet18="f37072fd", resnet34="b627a593", resnet50="11ad3fa6", resnet101="cd907fc2",  # of SHA-256
+                resnet152="f82ba261", resnext50_32x4d="1a0047aa", wide_resnet50_2="9ba9bcbe",
+                regnet_x_400mf="62229a5f")
 ARCHS = {**{f"resnet{depth}": functools.partial(cifar_resnet, depth) for depth in (20, 32, 44, 56, 110)},
          **{name: globals()[name] for name in OFFICIAL}, "fast": fast,
          "wrn16-8": functools.partial(wrn, 16, 8), "wrn28-10": functools.partial(wrn, 28, 10)}
 
 
 def count_macs(model, size):
-    """Multiply-adds of one image (3, size, size) in convolutions and linear layers."""
-    macs, hooks, training = [], [], model.training
-    for module in model.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            hooks.append(module.register_forward_hook(lambda m, _, y: macs.append(y.numel() * m.weight[0].numel())))
-    with torch.no_grad():
+    """Multiply-adds of one image (3, size, size) in convolutions and linear layers. Leaves model in evaluation mode."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.eval()(torch.zeros(1, 3, size, size, device=next(model.parameters()).device))
-    for hook in hooks:
-        hook.remove()
-    model.train(training)
-    return sum(macs)
+    return counter.get_total_flops() // 2  # a multiply-add is two
 
 
-# ---- official weights -----------------------------------------------------------------------------------------------
+# ---- official weights ----------------------------------------------------------------------------------------------
 
 def make_model(arch, **settings):
     """A network of ARCHS that remembers what it was made with, for checkpoints."""
@@ -435,8 +466,9 @@ def from_pretrained(name_or_path, data_dir="data", **changes):
     """
     path, name = Path(name_or_path), Path(name_or_path).name.split("-")[0]
     if name_or_path in OFFICIAL:
-        file = f"{name}-{OFFICIAL[name]}.pth"  # the name ends in the first 8 digits of its SHA-256
-        path = download(f"https://download.pytorch.org/models/{file}", Path(data_dir) / file, f"sha256:{OFFICIAL[name]}")
+        digits = OFFICIAL[name]
+        path = Path(data_dir) / f"{name}-{digits}.pth"
+        download(f"https://download.pytorch.org/models/{path.name}", path, f"sha256:{digits}")
     elif path.suffix == ".pt":
         with one_line(f"{path} is not a checkpoint of this script"):
             saved = load_checkpoint(path)
@@ -444,8 +476,8 @@ def from_pretrained(name_or_path, data_dir="data", **changes):
             model.load_state_dict(saved.get("ema") or saved["model"])
         return model
     elif name not in OFFICIAL or not path.exists():
-        raise UserError(f"{name_or_path} is no .pt checkpoint that is here, nor one of {', '.join(OFFICIAL)}, nor a file "
-                        "of torchvision's that has its published name")
+        raise UserError(f"{name_or_path}: want a checkpoint (.pt), one of {', '.join(OFFICIAL)}, or a file of "
+                        "torchvision's under its published name")
     with one_line(f"{path} does not hold torchvision's {name}"):
         weights = torch.load(path, map_location="cpu", weights_only=True)
         for ours, theirs in ((r"conv1.", r"^stem\.0\."), (r"bn1.", r"^stem\.1\."), (r"downsample.", r"proj\."),
@@ -460,12 +492,6 @@ def from_pretrained(name_or_path, data_dir="data", **changes):
 
 
 # ---- optimiser -----------------------------------------------------------------------------------------------------
-
-def with_gradients(optimizer):
-    """(parameter, its state, its group) for all that have a gradient."""
-    every = ((p, group) for group in optimizer.param_groups for p in group["params"])
-    return [(p, optimizer.state[p], group) for p, group in every if p.grad is not None]
-
 
 def newton_schulz(g, steps=5):
     """U Vᵀ of g = U S Vᵀ (..., n, m), roughly: singular values above .002 of g's norm end between .68 and 1.21 [9].
@@ -482,24 +508,26 @@ def newton_schulz(g, steps=5):
 
 
 class FilterMuon(torch.optim.Optimizer):
-    """Muon [9] for convolutions in front of a norm, as airbench has it [10]: a filter's length then has no effect but on
-    how far a step turns it, so that it is set to 1 (on average) before each step, which decay would do slowly."""
+    """Muon [9] for convolutions in front of a norm [11]: a filter's length has no effect there but on how far a step
+    turns it, so that it is set to 1 (on average over filters) before each step, which decay would do slowly."""
 
     def __init__(self, params, lr=0.24, momentum=0.6):
         super().__init__(params, dict(lr=lr, momentum=momentum))
 
     @torch.no_grad()
     def step(self, closure=None):
-        for p, state, group in with_gradients(self):  # p (C_out, C_in, 3, 3)
-            m = state.setdefault("momentum", torch.zeros_like(p)).mul_(group["momentum"]).add_(p.grad)  # m ← μ m + g
-            ahead = p.grad.add(m, alpha=group["momentum"])  # Nesterov: g + μ m
-            p.mul_(len(p) ** 0.5 / p.norm())
-            p.sub_(newton_schulz(ahead.flatten(1), steps=3).view(p.shape), alpha=group["lr"])
+        for group in self.param_groups:
+            for p in group["params"]:  # (C_out, C_in, 3, 3), each with a gradient
+                m = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                m.mul_(group["momentum"]).add_(p.grad)  # m ← μ m + g
+                ahead = p.grad.add(m, alpha=group["momentum"])  # Nesterov: g + μ m
+                p.mul_(len(p) ** 0.5 / p.norm())
+                p.sub_(newton_schulz(ahead.flatten(1), steps=3).view(p.shape), alpha=group["lr"])
 
 
 def sgd_or_muon(model, c):
-    """Optimizers (a list) for what is to be trained. A group's peak: its highest rate; until: the fraction of the run at
-    which its rate is 0."""
+    """Optimizers (a list) for what is to be trained. A group's peak: its highest rate; until: the fraction of the run
+    at which its rate is 0."""
     head = {id(p) for p in model.fc.parameters()}
     for p in model.parameters():
         p.requires_grad_(p.requires_grad and (id(p) in head or not c.freeze))
@@ -507,18 +535,27 @@ def sgd_or_muon(model, c):
     if c.optimizer == "sgd":
         groups = [dict(params=[p for p in params if (id(p) in head, p.dim() > 1) == kind],
                        peak=c.lr * (1 if kind[0] else c.backbone_lr), weight_decay=c.weight_decay * kind[1])
-                  for kind in ((False, False), (False, True), (True, False), (True, True))]
+                  for kind in ((True, True), (True, False), (False, True), (False, False))]
         return [torch.optim.SGD([g for g in groups if g["params"]], momentum=0.9, nesterov=True)]
-    # [10] sums the loss over 2,000 images where ours is their mean: its rates .053 and .67 are 2,000 times larger here.
-    # A decay of 4e-3 / lr takes 4e-3 of a parameter away per step, whatever its rate.
+    # [11] sums the loss over 2,000 images, ours is their mean: its rates .053 and .67 are 2,000 times larger here. A
+    # decay of 4e-3 / lr takes 4e-3 of a parameter away per step, whatever its rate.
     groups = [dict(params=[model.conv1.bias], peak=106.0, until=3 / 8), dict(params=[model.fc.weight], peak=1340.0),
               dict(params=[p for p in params if p.dim() == 1 and p is not model.conv1.bias], peak=106.0)]
     sgd = torch.optim.SGD([dict(g, weight_decay=4e-3 / g["peak"]) for g in groups], momentum=0.85, nesterov=True)
     return [FilterMuon([dict(params=[p for p in params if p.dim() == 4], peak=c.lr)]), sgd]
 
 
+def load_optimizers(optimizers, states):
+    """Their momenta from a checkpoint; rates and decay stay as the flags say now. Raises ValueError if groups differ."""
+    for optimizer, state in zip(optimizers, states, strict=True):
+        now = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        optimizer.load_state_dict(state)
+        for group, flags in zip(optimizer.param_groups, now):
+            group.update(flags)
+
+
 def learning_rate(step, peak, warmup, steps, floor=0.0):
-    """Linear warm-up to peak, then half a cosine down to floor · peak after the last step (arXiv 1608.03983, eq. 5)."""
+    """Linear warm-up to peak, then half a cosine down to floor · peak behind the last step (arXiv 1608.03983 eq. 5)."""
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
     progress = min(1.0, (step - warmup) / max(1, steps - warmup))
@@ -532,7 +569,20 @@ CIFAR10_MD5 = "md5:c32a1d4ab5d03f1284b67883e8d87530"
 CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 CIFAR10_STATS = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # mean and std of a channel over all pixels
 IMAGENET_STATS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # with which torchvision's weights were trained
-SHAPES = "circle square triangle ring cross star heart stripes checkerboard crescent".split()
+
+# Ten shapes of about unit size: the distance of points (u, v) to the edge, negative inside. r is their distance to the
+# centre, box that to a square.
+SHAPES = dict(
+    circle=lambda u, v, r, box: r - 0.9,
+    square=lambda u, v, r, box: box,
+    triangle=lambda u, v, r, box: torch.maximum(0.866 * u.abs() + 0.5 * v, -v) - 0.5,
+    ring=lambda u, v, r, box: (r - 0.72).abs() - 0.2,
+    cross=lambda u, v, r, box: torch.maximum(torch.minimum(u.abs(), v.abs()) - 0.28, box - 0.1),
+    star=lambda u, v, r, box: r - 0.62 - 0.3 * (5 * torch.atan2(v, u)).cos(),
+    heart=lambda u, v, r, box: (u**2 + (v - 0.7 * u.abs() + 0.15) ** 2).sqrt() - 0.75,
+    stripes=lambda u, v, r, box: torch.maximum(box, ((u * 1.8) % 1 - 0.5).abs() / 1.8 - 0.14),
+    checkerboard=lambda u, v, r, box: torch.maximum(box, (u * 6.5).sin() * (v * 6.5).sin() * 0.15),
+    crescent=lambda u, v, r, box: torch.maximum(r - 0.9, 0.75 - ((u - 0.45) ** 2 + v**2).sqrt()))
 
 
 def fetch_cifar10(root):
@@ -550,7 +600,7 @@ def fetch_cifar10(root):
 def load_cifar10(root):
     """train_x (50000, 3, 32, 32) uint8, train_y (50000,) int64, test_x, test_y from root/cifar-10-batches-bin.
 
-    A record is a label and 3,072 bytes, red, green, blue, row by row. Raises ValueError on anything else.
+    A record is a label and 3,072 bytes, red, green, blue, row by row. Raises ValueError on a file of anything else.
     """
     parts = []
     for name in ("test_batch", *(f"data_batch_{i}" for i in range(1, 6))):
@@ -565,10 +615,9 @@ def load_cifar10(root):
 
 
 def make_shapes(n, seed):
-    """Draw x (n, 3, 32, 32) uint8 and y (n,) int64, ten classes of equal size in random order.
+    """Draw x (n, 3, 32, 32) uint8 and y (n,) int64: the ten shapes, equally often, in random order.
 
-    Each is a signed distance, negative inside, in coordinates that are moved, turned and scaled per image; colours,
-    shading, clutter and noise hide it from a linear classifier.
+    Each is moved, turned and scaled; colours, shading, clutter and noise hide it from a linear classifier.
     """
     g = torch.Generator().manual_seed(seed)
 
@@ -576,50 +625,22 @@ def make_shapes(n, seed):
         return low + (high - low) * torch.rand(n, *shape, generator=g)
 
     y = (torch.arange(n) % 10)[torch.randperm(n, generator=g)]
-    grid = torch.arange(32) - 15.5
-    rows, columns = grid[None, :, None], grid[None, None, :]
+    rows, columns = torch.meshgrid(torch.arange(32) - 15.5, torch.arange(32) - 15.5, indexing="ij")  # (32, 32)
     size, angle = uniform(7, 12, 1, 1), uniform(0, 2 * math.pi, 1, 1)
-    dy, dx = uniform(-5, 5, 1, 1), uniform(-5, 5, 1, 1)
-    v, u = (rows - dy) / size, (columns - dx) / size  # (n, 32, 32)
+    v, u = (rows - uniform(-5, 5, 1, 1)) / size, (columns - uniform(-5, 5, 1, 1)) / size  # (n, 32, 32)
     u, v = u * angle.cos() + v * angle.sin(), v * angle.cos() - u * angle.sin()
     distance = torch.empty(n, 32, 32)
-    for k in range(10):
+    for k, shape in enumerate(SHAPES.values()):
         a, b = u[y == k], v[y == k]  # (n_k, 32, 32)
-        r = (a**2 + b**2).sqrt()
-        box = torch.maximum(a.abs(), b.abs()) - 0.85
-        if k == 0:
-            d = r - 0.9
-        elif k == 1:
-            d = box
-        elif k == 2:  # three half-planes
-            d = torch.stack([a * math.cos(t) + b * math.sin(t) for t in (0, 2.0944, 4.1888)]).amax(dim=0) - 0.5
-        elif k == 3:
-            d = (r - 0.72).abs() - 0.2
-        elif k == 4:
-            d = torch.minimum(torch.maximum(a.abs() - 1, b.abs() - 0.28), torch.maximum(a.abs() - 0.28, b.abs() - 1))
-        elif k == 5:  # a fifth, folded at its tip: the line from the tip (1, 0) to the notch at 36°, radius .42
-            t = (torch.atan2(b, a) % (0.4 * math.pi) - 0.2 * math.pi).abs()  # 36° at a tip
-            p, q = r * (0.2 * math.pi - t).cos(), r * (0.2 * math.pi - t).sin()
-            notch = 0.42 * math.cos(0.2 * math.pi), 0.42 * math.sin(0.2 * math.pi)
-            d = ((p - 1) * notch[1] - q * (notch[0] - 1)) / math.hypot(notch[0] - 1, notch[1])
-        elif k == 6:  # two discs over the point of a square
-            d = torch.minimum(((a.abs() - 0.42)**2 + (b - 0.35)**2).sqrt() - 0.5,
-                              torch.maximum(a.abs() + (b - 0.1).abs() * 1.0 - 0.95, b - 0.35) * 0.7)
-        elif k == 7:
-            d = torch.maximum(box, ((a * 1.8) % 1 - 0.5).abs() / 1.8 - 0.14)
-        elif k == 8:
-            d = torch.maximum(box, (a * 3.7).sin() * (b * 3.7).sin() * 0.25)
-        else:
-            d = torch.maximum(r - 0.9, 0.75 - ((a - 0.45)**2 + b**2).sqrt())
-        distance[y == k] = d
+        distance[y == k] = shape(a, b, (a**2 + b**2).sqrt(), torch.maximum(a.abs(), b.abs()) - 0.85)
     alpha = (0.5 - distance * size).clamp(0, 1)[:, None]  # (n, 1, 32, 32), edges one pixel soft
     ink, paper = uniform(0, 1, 3, 1, 1), uniform(0, 1, 3, 1, 1)
-    paper = torch.where((ink - paper).abs().amax(dim=1, keepdim=True) < 0.4, (ink + 0.5) % 1, paper)
-    shade = uniform(-0.012, 0.012, 1, 1, 1) * rows[:, None] + uniform(-0.012, 0.012, 1, 1, 1) * columns[:, None]
+    paper = torch.where((ink - paper).abs().amax(dim=1, keepdim=True) < 0.4, (ink + 0.5) % 1, paper)  # never the same
+    shade = uniform(-0.012, 0.012, 1, 1, 1) * rows + uniform(-0.012, 0.012, 1, 1, 1) * columns
     x = paper + (ink - paper) * alpha + shade  # (n, 3, 32, 32)
     for _ in range(3):  # clutter: small discs
-        cy, cx, radius = uniform(-16, 16, 1, 1), uniform(-16, 16, 1, 1), uniform(0.8, 2.2, 1, 1)
-        disc = (radius - ((rows - cy)**2 + (columns - cx)**2).sqrt() + 0.5).clamp(0, 1)[:, None]
+        dy, dx, radius = rows - uniform(-16, 16, 1, 1), columns - uniform(-16, 16, 1, 1), uniform(0.8, 2.2, 1, 1)
+        disc = (radius + 0.5 - (dy**2 + dx**2).sqrt()).clamp(0, 1)[:, None]
         x = x + (uniform(0, 1, 3, 1, 1) - x) * disc
     x = x + 0.06 * torch.randn(n, 3, 32, 32, generator=g)
     return (x * 255).round().clamp(0, 255).to(torch.uint8), y
@@ -628,11 +649,14 @@ def make_shapes(n, seed):
 def load_images(c):
     """(x, y) of the training, validation and test images, and the names of the classes."""
     if c.data == "shapes":
-        (train, val, test), classes = [make_shapes(n, seed) for n, seed in ((10000, 1), (1000, 2), (2000, 3))], SHAPES
+        train, val, test = [make_shapes(n, seed) for n, seed in ((10000, 1), (1000, 2), (2000, 3))]
+        classes = list(SHAPES)
     else:
         if c.data == "cifar10":
             fetch_cifar10(c.data_dir)
         x, y, *test = load_cifar10(c.data_dir if c.data == "cifar10" else c.data)
+        if len(x) <= 5000:
+            raise UserError(f"--data {c.data}: {len(x)} training images, want more than the 5,000 to validate on")
         train, val, classes = (x[:-5000], y[:-5000]), (x[-5000:], y[-5000:]), CIFAR10_CLASSES
     if c.full_train:
         train = [torch.cat(both) for both in zip(train, val)]
@@ -644,8 +668,8 @@ def load_images(c):
 
 
 def augment(images, index, dy, dx, mirror):
-    """Images index (B,) of images (N, C, H, W), shifted by dy, dx (B,) pixels with reflected borders, then mirrored where
-    mirror (B,) says so. One gather: an output pixel's row and column say where it comes from. Channels-last output."""
+    """The images (N, C, H, W) at index (B,), each moved by dy, dx (B,) pixels with reflected borders, and mirrored
+    where mirror (B,) says so. One gather: each output pixel knows its row and column. The output is channels-last."""
     H, W = images.shape[2:]
 
     def reflect(i, size):  # -1 -> 1, size -> size - 2
@@ -659,10 +683,10 @@ def augment(images, index, dy, dx, mirror):
 
 
 def normalise(images, stats, size=0):
-    """uint8 (B, 3, H, W) to floats with about zero mean and unit variance, at size × size pixels if size is not 0."""
+    """uint8 (B, 3, H, W) to floats of about zero mean and unit variance, resized to size × size if that is not 0."""
     mean, std = (torch.tensor(s, device=images.device)[:, None, None] for s in stats)
     x = (images / 255 - mean) / std
-    return F.interpolate(x, (size, size), mode="bilinear", antialias=False) if size else x
+    return F.interpolate(x, (size, size), mode="bilinear") if size else x
 
 
 def training_batch(c, images, labels, step, slot, slots):
@@ -670,14 +694,14 @@ def training_batch(c, images, labels, step, slot, slots):
     (seed, step, slot) alone."""
     n, size = len(images), c.batch_size * slots
     epoch, position = divmod(step, max(1, n // size))
-    order = np.random.default_rng((c.seed, epoch)).permutation(n)
+    order = np.random.default_rng((c.seed, 1, epoch)).permutation(n)
     start = position * size + slot * c.batch_size
-    index = torch.from_numpy(np.take(order, range(start, start + c.batch_size), mode="wrap"))  # a small set wraps around
-    rng = np.random.default_rng((c.seed, step, slot))
+    index = torch.from_numpy(np.take(order, range(start, start + c.batch_size), mode="wrap"))  # n may be below size
+    rng = np.random.default_rng((c.seed, 2, step, slot))
     dy, dx = torch.from_numpy(rng.integers(-c.crop, c.crop, (2, c.batch_size), endpoint=True))
     coins = rng.integers(2, size=c.batch_size)
     if c.flip == "alternate":  # [10] §3.6: a coin per image, turned over each epoch
-        coins = (np.random.default_rng((c.seed,)).integers(2, size=n)[index] + epoch) % 2
+        coins = (np.random.default_rng((c.seed, 3)).integers(2, size=n)[index] + epoch) % 2
     mirror = torch.from_numpy(coins == 1) & (c.flip != "none")
     index, dy, dx, mirror = (t.to(images.device) for t in (index, dy, dx, mirror))
     return augment(images, index, dy, dx, mirror), labels[index]
@@ -774,69 +798,61 @@ def curves_svg(path, series, x_label, y_label):
 
 # ---- evaluate, train -----------------------------------------------------------------------------------------------
 
-VIEWS = ("test_accuracy", "test_accuracy_mirror", "test_accuracy_six_views")
-
-
-def view_logits(model, x):
-    """Logits (3, B, classes) of normalised images x (B, 3, H, W): theirs; averaged with their mirrors'; and averaged
-    over six views, which adds both moved by a pixel up-left and down-right ([10] §3.5)."""
-    H, W, padded = *x.shape[2:], F.pad(x, [1] * 4, mode="reflect")
-    still, (up, down) = model(x), (padded[..., 2:, 2:], padded[..., :H, :W])
-    both = (still + model(x.flip(-1))) / 2
-    moved = sum(model(v) + model(v.flip(-1)) for v in (up, down)) / 4
-    return torch.stack((still, both, (both + moved) / 2))
-
-
 @torch.no_grad()
-def evaluate(model, images, labels, c, autocast, views=False):
-    """Mean loss, accuracy, and whether each image is right, of images (N, 3, H, W) uint8; with views, the accuracies of
-    view_logits too."""
+def predict(model, images, c, autocast, views=1):
+    """Logits (views, N, classes) of images (N, 3, H, W) uint8: as they are; of their mirrors; of both, moved by a pixel
+    up-left, and down-right, with reflected borders ([10] §3.5)."""
     model.eval()
     parts = []
     for x in images.split(500):
-        x = normalise(x, model_stats(model), c.image_size)
+        x = normalise(x, model.stats, c.image_size)
+        moved, (H, W) = [x], x.shape[2:]
+        if views > 2:
+            padded = F.pad(x, [1] * 4, mode="reflect")
+            moved += [padded[..., 2:, 2:], padded[..., :H, :W]]
         with autocast:
-            parts.append((view_logits(model, x) if views else model(x)[None]).float())  # (1 or 3, B, classes)
-    logits = torch.cat(parts, dim=1)  # (1 or 3, N, classes)
-    right = (logits.argmax(dim=-1) == labels).double()  # (1 or 3, N)
-    scores = dict(val_loss=F.cross_entropy(logits[0], labels).item(), val_accuracy=right[0].mean().item())
-    return (dict(zip(VIEWS, right.mean(dim=1).tolist())) if views else scores), right[0]
+            logits = [model(v) for m in moved for v in (m, m.flip(-1))[:views]]
+        parts.append(torch.stack(logits).float())  # (views, B, classes)
+    return torch.cat(parts, dim=1)
 
 
-def model_stats(model):
-    """The mean and std with which a network wants its images: ImageNet's weights come with ImageNet's."""
-    return IMAGENET_STATS if model.stem in ("imagenet", "regnet") else CIFAR10_STATS
+def evaluate(model, images, labels, c, autocast):
+    """Mean loss and accuracy on images (N, 3, H, W) uint8."""
+    logits = predict(model, images, c, autocast)[0]  # (N, classes)
+    return dict(val_loss=F.cross_entropy(logits, labels).item(),
+                val_accuracy=(logits.argmax(dim=1) == labels).double().mean().item())
 
 
-@torch.no_grad()
-def write_logits(path, model, images, c, autocast):
-    """Write float32 logits (N, 2, classes) of all images (N, 3, H, W) and their mirrors to a .npy file."""
-    model.eval()
-    parts = []
-    for x in images.split(500):
-        x = normalise(x, model_stats(model), c.image_size)
-        with autocast:
-            parts.append(torch.stack((model(x), model(x.flip(-1))), dim=1).float().cpu())  # (B, 2, classes)
-    buffer = io.BytesIO()
-    np.save(buffer, torch.cat(parts).numpy())
-    write_atomic(path, buffer.getvalue())
+def test_scores(model, images, labels, classes, c, autocast):
+    """Print and return the accuracy on the test images: plain, of each class, and with logits averaged over views."""
+    logits = predict(model, images, c, autocast, views=6)
+    unmoved = logits[:2].mean(dim=0)  # these two count as much as the four moved ones
+    sums = logits[0], unmoved, unmoved + logits[2:].mean(dim=0)  # each (N, classes)
+    right = [(s.argmax(dim=1) == labels).double() for s in sums]
+    each = {name: round(right[0][labels == k].mean().item(), 4) for k, name in enumerate(classes)}
+    one, two, six = (r.mean().item() for r in right)
+    print(" | ".join(f"{name} {value:.3f}" for name, value in each.items()))
+    print(f"test accuracy {one:.4f} | averaged with the mirror's logits {two:.4f} | over six views {six:.4f}")
+    return dict(test_accuracy=one, test_accuracy_mirror=two, test_accuracy_six_views=six, classes=each)
 
 
 def load_network(c, classes):
     """The network that the flags ask for: fresh, that of --resume, or --init's with a new last layer."""
-    settings = dict(norm=c.norm, plain=c.plain, weight_init=c.weight_init, drop_path=c.drop_path,
-                    drop_block=c.drop_block)
-    if c.resume or c.eval_only and not c.init:
-        return from_pretrained(f"{c.out}/{'ckpt' if c.resume else 'best'}.pt")
-    if not c.init:
+    settings, source = dict(drop_path=c.drop_path, drop_block=c.drop_block), f"{c.out}/ckpt.pt" if c.resume else c.init
+    if not source:
         stem = {} if c.arch.startswith("wrn") or c.arch == "fast" else dict(stem="cifar")
-        return make_model(c.arch, num_classes=classes, **stem, **settings)
-    model = from_pretrained(c.init, c.data_dir, drop_path=c.drop_path, drop_block=c.drop_block)
-    if not c.eval_only:
-        model.fc = nn.Linear(model.fc.in_features, classes)
+        return make_model(c.arch, num_classes=classes, norm=c.norm, plain=c.plain, weight_init=c.weight_init, **stem,
+                          **settings)
+    model = from_pretrained(source, c.data_dir, **settings)
+    for name in ("arch", "norm", "plain", "weight_init"):  # c then says what the model is
+        value, default = getattr(c, name), getattr(Config, name)
+        has = model.settings.get(name, default)
+        if value != has and (c.resume or value != default):
+            raise UserError(f"--{name} {value}, but {source} has {has}")
+        setattr(c, name, has)
+    if c.init:
         model.settings["num_classes"] = classes
-    elif model.fc.out_features != classes:
-        raise UserError(f"--init {c.init} tells {model.fc.out_features} classes apart, --data {c.data} has {classes}")
+        model.fc = make_model(**model.settings).fc
     return model
 
 
@@ -867,6 +883,12 @@ class RunFolder:
             with one_line(f"can't write {self.out}/log.jsonl", status=1), open(self.out / "log.jsonl", "a") as file:
                 file.write(json.dumps(self.rows[-1]) + "\n")
 
+    def draw(self, y_label, **keys):
+        """curves.svg, a line for each of names=key that rows have."""
+        lines = {name: [(row["step"], row[key]) for row in self.rows if key in row] for name, key in keys.items()}
+        if self.writes and any(lines.values()):
+            curves_svg(self.out / "curves.svg", {k: v for k, v in lines.items() if v}, "step", y_label)
+
     def save(self, name, model, **more):
         """A checkpoint of the model and what else is to be kept; its random state is config's seed and the step."""
         if self.writes:
@@ -875,8 +897,15 @@ class RunFolder:
                                                step=self.step, best=self.best, seconds=self.seconds, rows=self.rows))
 
 
+@torch.no_grad()
+def update_average(average, model, decay):
+    """average ← decay · average + (1 - decay) · model, buffers too: batch norm's statistics must fit the weights."""
+    for a, b in zip(average.state_dict().values(), model.state_dict().values()):
+        a.lerp_(b, 1 - decay) if a.is_floating_point() else a.copy_(b)
+
+
 def train_step(model, raw, ema, optimizers, autocast, train, c, step, steps, rank, world):
-    """One update of the parameters and the average; returns the mean loss and accuracy of the batch, (2,), on the device.
+    """One update of the parameters and their average; returns the batch's loss and accuracy (2,), on the device.
 
     N ranks do what one rank does with N times the accumulation, but for batch norm's statistics.
     """
@@ -885,24 +914,23 @@ def train_step(model, raw, ema, optimizers, autocast, train, c, step, steps, ran
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             left = max(0.0, 1 - step / (steps * group.get("until", 1)))
-            group["lr"] = group["peak"] * (left if c.schedule == "linear" else learning_rate(step, 1, c.warmup, steps))
+            cosine = learning_rate(step, 1.0, c.warmup, steps)
+            group["lr"] = group["peak"] * (left if c.schedule == "linear" else cosine)
     total = torch.zeros(2, device=train[0].device)
     for micro in range(c.grad_accum):
         x, y = training_batch(c, *train, step, micro * world + rank, c.grad_accum * world)  # (B, 3, H, W), (B,)
         if world > 1:  # ranks exchange gradients at the last micro-batch; DDP wants to know before the forward pass
             model.require_backward_grad_sync = micro == c.grad_accum - 1
         with autocast:
-            logits = model(normalise(x, model_stats(raw), c.image_size)).float()  # (B, classes)
+            logits = model(normalise(x, raw.stats, c.image_size)).float()  # (B, classes)
             loss = F.cross_entropy(logits, y, label_smoothing=c.label_smoothing) / c.grad_accum
         loss.backward()
         total += torch.stack((loss.detach(), (logits.argmax(dim=1) == y).float().mean() / c.grad_accum))
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
-    if ema is not None:  # buffers too: batch norm's statistics must fit the averaged weights
-        decay = min(c.ema, (step + 1) / (step + 10))  # short at first, so that the random start is soon forgotten
-        for a, b in zip(ema.state_dict().values(), raw.state_dict().values()):
-            a.lerp_(b, 1 - decay) if a.is_floating_point() else a.copy_(b)
+    if ema is not None:  # short at first, so that the random start is soon forgotten
+        update_average(ema, raw, min(c.ema, (step + 1) / (step + 10)))
     return total
 
 
@@ -921,16 +949,14 @@ def train(c, interrupts=()):
         torch.distributed.barrier()
     train_split, val, test = [[t.to(device) for t in split] for split in splits]  # uint8, all on the device
     if raw.stem == "whiten" and not saved and not c.init:
-        raw.whiten_stem(normalise(train_split[0][:5000].cpu(), CIFAR10_STATS))
+        raw.whiten_stem(normalise(train_split[0][:5000].cpu(), raw.stats, c.image_size))
     raw.to(device, memory_format=torch.channels_last)  # a pixel's channels side by side, as convolutions like them
     ema = copy.deepcopy(raw).requires_grad_(False) if c.ema else None
     optimizers = sgd_or_muon(raw, c)
-    run = RunFolder(c, saved, writes=rank == 0)
     if saved:
         with one_line(f"{c.out}/ckpt.pt can't be gone on with"):
             raw.load_state_dict(saved["model"])
-            for optimizer, state in zip(optimizers, saved["optimizer"], strict=True):  # rates and decay as flags say
-                optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
+            load_optimizers(optimizers, saved["optimizer"])
             if ema is not None:
                 ema.load_state_dict(saved["ema"])
     model = torch.compile(raw) if c.compile else raw  # raw, not compiled, is what is evaluated and saved
@@ -939,6 +965,7 @@ def train(c, interrupts=()):
     batch, macs = c.batch_size * c.grad_accum * world, count_macs(raw, c.image_size or 32)
     per_epoch = max(1, len(train_split[0]) // batch)
     steps = c.steps or math.ceil(c.epochs * per_epoch)
+    run = RunFolder(c, saved, writes=rank == 0)
     if rank == 0:
         print(" ".join(f"{name}={value!r}" for name, value in dataclasses.asdict(c).items()))
         print(f"{sum(p.numel() for p in raw.parameters()):,} parameters | {macs / 1e6:.1f}M MACs | "
@@ -954,34 +981,32 @@ def train(c, interrupts=()):
         due = (run.step % every == 0 or run.step == end) and run.step != resumed_at
         stop = stop or (world == 1 and len(interrupts) > 0)
         if pending and (due or stop or run.step % c.log_every == 0):
-            sums = torch.cat([*pending, pending[0].new_tensor([len(interrupts)])])
+            sums = torch.stack([*pending, pending[0].new_full((2,), len(interrupts))])  # (steps + 1, 2)
             if world > 1:  # the sum over ranks; a Ctrl-C may reach one of them first, all must stop at the same step
                 torch.distributed.all_reduce(sums)
-            *values, stop = sums.tolist()  # this waits for the device
+            *values, (stop, _) = sums.tolist()  # this waits for the device
             run.seconds, clock = run.seconds + time.perf_counter() - clock, time.perf_counter()
-            for i, loss in enumerate(values[::2]):
+            losses, accuracies = zip(*values)  # of each step
+            for i, loss in enumerate(losses):
                 run.check("loss", loss, run.step - len(pending) + i)
-            loss, accuracy = (sum(v) / len(pending) / world for v in (values[::2], values[1::2]))
+            loss, accuracy = (sum(v) / len(v) / world for v in (losses, accuracies))
             ms, lr = 1e3 * (run.seconds - logged) / len(pending), optimizers[0].param_groups[0]["lr"]
             rate, pflop, logged, pending = 1e3 * batch / ms, 6e-15 * macs * batch * run.step, run.seconds, []
-            run.log(f"step {run.step}/{steps} | loss {loss:.4f} | accuracy {accuracy:.3f} | lr {lr:.1e} | {ms:.1f} ms | "
-                    f"{rate:.0f} images/s | {pflop:.3g} PFLOP", loss=loss, train_accuracy=accuracy, lr=lr, ms=ms,
-                    seconds=run.seconds, images_per_s=rate, pflop=pflop)
+            run.log(f"step {run.step}/{steps} | loss {loss:.4f} | accuracy {accuracy:.3f} | lr {lr:.1e} | "
+                    f"{ms:.1f} ms | {rate:.0f} images/s | {pflop:.3g} PFLOP", loss=loss, train_accuracy=accuracy,
+                    lr=lr, ms=ms, seconds=run.seconds, images_per_s=rate, pflop=pflop)
         if due:
-            scores = [{} if c.full_train else evaluate(ema or raw, *val, c, autocast)[0]]
+            scores = [{} if c.full_train else evaluate(ema or raw, *val, c, autocast)]
             if world > 1:  # the first rank's for all
                 torch.distributed.broadcast_object_list(scores)
             if not c.full_train:  # else there are no images that it has not seen
+                run.check("val_loss", scores[0]["val_loss"], run.step)
                 run.log(f"step {run.step}/{steps} | " + " | ".join(f"{k} {v:.4f}" for k, v in scores[0].items()),
                         seconds=run.seconds, **scores[0])
             if c.full_train or scores[0]["val_accuracy"] > run.best:
                 run.best = scores[0].get("val_accuracy", -math.inf)
                 save("best.pt")
-            curves = {name: [(row["step"], 100 * row[key]) for row in run.rows if key in row]
-                      for name, key in (("train", "train_accuracy"), ("val", "val_accuracy"))}
-            curves = {name: line for name, line in curves.items() if line}
-            if rank == 0 and curves:
-                curves_svg(run.out / "curves.svg", curves, "step", "accuracy, %")
+            run.draw("accuracy", train="train_accuracy", val="val_accuracy")
         if due or stop:
             save("ckpt.pt")
             clock = time.perf_counter()
@@ -997,34 +1022,23 @@ def train(c, interrupts=()):
     if rank == 0 and stop:
         print(f"stopped after step {run.step}; to go on: python resnet.py --resume --out {c.out}")
     elif rank == 0:
-        best = load_checkpoint(run.out / "best.pt")
-        raw.load_state_dict(best.get("ema") or best["model"])
-        scores = test_scores(raw, test, classes, c, autocast)
-        memory = peak_mb(device)
-        run.log(f"{run.seconds:.0f} s of training | peak {memory:.0f} MB", seconds=run.seconds, **scores, final=True,
-                peak_mb=memory)
+        finish(run, raw, test, classes, c, autocast, device)
     return 130 if stop else 0
 
 
-def test_scores(model, test, classes, c, autocast):
-    """Print and return the accuracy on the test images, of each class and averaged over views; --save_logits too."""
-    scores, right = evaluate(model, *test, c, autocast, views=True)
-    each = {name: round(right[test[1] == k].mean().item(), 4) for k, name in enumerate(classes)}
-    print(" | ".join(f"{name} {value:.3f}" for name, value in each.items()))
-    print("test accuracy {:.4f} | averaged with the mirror image {:.4f} | over six views {:.4f}".format(*scores.values()))
+def finish(run, model, test, classes, c, autocast, device):
+    """Read the test set, once, with the best weights; write --save_logits and the log's last row."""
+    best = load_checkpoint(run.out / "best.pt")
+    model.load_state_dict(best.get("ema") or best["model"])
+    scores = test_scores(model, *test, classes, c, autocast)
     if c.save_logits:
-        images = load_images(dataclasses.replace(c, full_train=True, labels=1.0))[0][0]
-        write_logits(c.save_logits, model, images.to(test[0].device), c, autocast)
-    return scores | dict(classes=each)
-
-
-def evaluate_only(c):
-    """The test accuracy of --init or out/best.pt, without training."""
-    device, _, autocast = pick_device(c.device, c.dtype)
-    *_, test, classes = load_images(c)
-    model = load_network(c, len(classes)).to(device, memory_format=torch.channels_last)
-    test_scores(model, [t.to(device) for t in test], classes, c, autocast)
-    return 0
+        images = load_images(dataclasses.replace(c, full_train=True, labels=1.0))[0][0].to(device)
+        buffer = io.BytesIO()
+        np.save(buffer, predict(model, images, c, autocast, views=2).transpose(0, 1).cpu().numpy())
+        write_atomic(c.save_logits, buffer.getvalue())
+    memory = peak_mb(device)
+    run.log(f"{run.seconds:.0f} s of training | peak {memory:.0f} MB", seconds=run.seconds, **scores, final=True,
+            peak_mb=memory)
 
 
 def pick_device(name, dtype):
@@ -1033,13 +1047,13 @@ def pick_device(name, dtype):
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     with one_line(f"--device {name} is not here"):
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where fp32 is left
     if dtype == "auto":  # a CPU without matrix units for bfloat16 is many times slower in it
         fast = (device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-                or device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False))
+                or device.type == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False))
         dtype = "bfloat16" if fast else "float32"
     dtype = getattr(torch, dtype)
     return device, dtype, torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -1060,22 +1074,27 @@ def peak_mb(device):
 def figure6(c, interrupts):
     """Train plain and residual networks of 20 and 56 layers, each in a folder of its own, and draw their errors.
 
-    A run that was interrupted goes on from its checkpoint.
+    The same command again goes on where it was interrupted.
     """
-    train_error, val_error = {}, {}
-    for name, depth, plain in (("plain20", 20, True), ("plain56", 56, True), ("resnet20", 20, False),
-                               ("resnet56", 56, False)):
-        out = Path(c.out) / "figure6" / name
-        status = train(dataclasses.replace(c, arch=f"resnet{depth}", plain=plain, out=str(out), figure6=False,
-                                           resume=(out / "ckpt.pt").exists()), interrupts)
-        if status:
+    runs = {name: dataclasses.replace(c, arch=f"resnet{name[-2:]}", plain=name.startswith("plain"), figure6=False,
+                                      out=str(Path(c.out) / "figure6" / name), resume=False)
+            for name in ("plain20", "plain56", "resnet20", "resnet56")}
+    for run in runs.values():
+        path, may_differ = Path(run.out) / "ckpt.pt", ("resume", "stop_at", "device", "compile", "log_every")
+        for name, value in (load_checkpoint(path)["config"] if path.exists() else {}).items():
+            if value != getattr(run, name, value) and name not in may_differ:
+                raise UserError(f"{path} is of a run with --{name} {value}: give that too, or another --out")
+        run.resume = path.exists()
+        if status := train(run, interrupts):
             return status
-        rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-        for errors, key in ((train_error, "train_accuracy"), (val_error, "val_accuracy")):
-            errors[name] = [(row["step"], 100 - 100 * row[key]) for row in rows if key in row]
-    curves_svg(Path(c.out) / "figure6_train.svg", train_error, "step", "training error, %")
-    curves_svg(Path(c.out) / "figure6_val.svg", val_error, "step", "validation error, %")
-    print(f"wrote {c.out}/figure6_train.svg and figure6_val.svg")
+    if int(os.environ.get("RANK", 0)) == 0:  # several processes would draw over one another
+        logs = {name: [json.loads(line) for line in (Path(run.out) / "log.jsonl").read_text().splitlines()]
+                for name, run in runs.items()}
+        for kind, label in (("train", "training error, %"), ("val", "validation error, %")):
+            errors = {name: [(row["step"], 100 - 100 * row[f"{kind}_accuracy"]) for row in rows
+                             if f"{kind}_accuracy" in row] for name, rows in logs.items()}
+            curves_svg(Path(c.out) / f"figure6_{kind}.svg", errors, "step", label)
+        print(f"wrote {c.out}/figure6_train.svg and figure6_val.svg")
     return 0
 
 
@@ -1083,28 +1102,27 @@ def figure6(c, interrupts):
 def loss_surface(model, images, labels, n, seed, c, autocast):
     """Losses (n, n) at θ + a δ + b η, a and b from -1 to 1, for two random directions δ, η ([8] eq. 1).
 
-    Filter-normalised ([8] §4): each filter of a direction is as long as the model's, since a network behaves the same
-    when a filter is scaled in front of a norm, and so distances mean nothing until they are measured in filters.
-    Biases and norms stay as they are.
+    Filter-normalised ([8] §4): each filter of a direction is as long as the model's, since scaling a filter in front of
+    a norm changes nothing, and so distances mean nothing until they are measured in filters. Biases and norms stay.
     """
-    generator, start, directions = torch.Generator().manual_seed(seed), [], ([], [])
-    for p in model.parameters():
-        start.append(p.clone())
-        for direction in directions:
-            d = torch.randn(p.shape, generator=generator).to(p)
-            if p.dim() > 1:
-                length = p.flatten(1).norm(dim=1) / d.flatten(1).norm(dim=1)  # (C_out,)
-                direction.append(d * length.view(-1, *[1] * (p.dim() - 1)))
-            else:
-                direction.append(torch.zeros_like(p))
+    generator = torch.Generator().manual_seed(seed)
+
+    def direction(p):
+        d = torch.randn(p.shape, generator=generator).to(p)
+        if p.dim() == 1:
+            return torch.zeros_like(p)
+        length = functools.partial(torch.linalg.vector_norm, dim=tuple(range(1, p.dim())), keepdim=True)
+        return d * length(p) / length(d)
+
+    lines = [(p, p.clone(), direction(p), direction(p)) for p in model.parameters()]
     surface = torch.zeros(n, n)
     for i, b in enumerate(torch.linspace(1, -1, n).tolist()):
         for j, a in enumerate(torch.linspace(-1, 1, n).tolist()):
-            for p, *terms in zip(model.parameters(), start, *directions):
-                p.copy_(terms[0] + a * terms[1] + b * terms[2])
-            surface[i, j] = evaluate(model, images, labels, c, autocast)[0]["val_loss"]
-    for p, value in zip(model.parameters(), start):
-        p.copy_(value)
+            for p, centre, delta, eta in lines:
+                p.copy_(centre + a * delta + b * eta)
+            surface[i, j] = evaluate(model, images, labels, c, autocast)["val_loss"]
+    for p, centre, *_ in lines:
+        p.copy_(centre)
     return surface
 
 
@@ -1113,24 +1131,25 @@ def contour_svg(path, panels, levels):
     four neighbouring points where the level lies between two of them."""
     svg = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {340 * len(panels) + 60} 360" '
            'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="white"/>']
-    colours = [f"hsl({250 - 250 * k / max(1, len(levels) - 1):.0f},75%,45%)" for k in range(len(levels))]
+    shares = np.linspace(0, 230, len(levels)).astype(int)
+    colours = [f"#{share:02x}40{230 - share:02x}" for share in shares]  # low losses blue, high ones red
     for number, (title, surface) in enumerate(panels.items()):
         z, n = surface.double().nan_to_num(nan=1e9, posinf=1e9).tolist(), len(surface)
         x0, y0, side = 20 + 340 * number, 30, 310 / (n - 1)
-        svg.append(f'<text x="{x0 + 155}" y="20" text-anchor="middle">{title}</text>'
+        svg.append(f'<text x="{x0 + 155}" y="20" text-anchor="middle">{html.escape(title)}</text>'
                    f'<rect x="{x0}" y="{y0}" width="310" height="310" fill="none" stroke="#999"/>')
         for level, colour in zip(levels, colours):
-            path_data = []
-            for i in range(n - 1):
-                for j in range(n - 1):
-                    corners, points = ((i, j), (i, j + 1), (i + 1, j + 1), (i + 1, j)), []
-                    for (i0, j0), (i1, j1) in zip(corners, corners[1:] + corners[:1]):
-                        p, q = z[i0][j0], z[i1][j1]
-                        if (p < level) != (q < level):
-                            t = (level - p) / (q - p)
-                            points.append(f"{x0 + side * (j0 + t * (j1 - j0)):.1f} {y0 + side * (i0 + t * (i1 - i0)):.1f}")
-                    path_data += [f"M{a}L{b}" for a, b in zip(points[::2], points[1::2])]
-            svg.append(f'<path d="{"".join(path_data)}" stroke="{colour}" fill="none"/>')
+            d = ""
+            for i, j in itertools.product(range(n - 1), repeat=2):
+                corners, points = ((i, j), (i, j + 1), (i + 1, j + 1), (i + 1, j), (i, j)), []
+                for (i0, j0), (i1, j1) in itertools.pairwise(corners):
+                    p, q = z[i0][j0], z[i1][j1]
+                    if (p < level) != (q < level):
+                        t = (level - p) / (q - p)
+                        x, y = x0 + side * (j0 + t * (j1 - j0)), y0 + side * (i0 + t * (i1 - i0))
+                        points.append(f"{x:.1f} {y:.1f}")
+                d += "".join(f"M{a}L{b}" for a, b in zip(points[::2], points[1::2]))
+            svg.append(f'<path d="{d}" stroke="{colour}" fill="none"/>')
     for k, (level, colour) in enumerate(zip(levels, colours)):
         svg.append(f'<text x="{340 * len(panels) + 10}" y="{40 + 16 * k}" fill="{colour}">{level:.3g}</text>')
     write_atomic(path, "\n".join([*svg, "</svg>"]).encode())
@@ -1139,28 +1158,32 @@ def contour_svg(path, panels, levels):
 def landscape(c):
     """Draw the training loss around each of the checkpoints in --landscape."""
     device, _, autocast = pick_device(c.device, c.dtype)
-    models = {path: from_pretrained(path) for path in c.landscape.split(",")}
-    images, labels = (t[:256].to(device) for t in load_images(c)[0])
-    panels = {}
-    for path, model in models.items():
+    paths, panels = [path for path in c.landscape.split(",") if path], {}
+    titles = [Path(path).parent.name for path in paths]
+    for path in paths:
+        held = load_checkpoint(path)["config"]
+        for name in ("data", "image_size"):
+            if held.get(name) != getattr(c, name):
+                raise UserError(f"{path} was trained with --{name} {held.get(name)}: say so here too")
+    models = [from_pretrained(path).to(device, memory_format=torch.channels_last) for path in paths]
+    images, labels = (t[:256].to(device) for t in load_images(c)[0])  # differs from [8]: few, for a CPU's sake
+    for title, path, model in zip(titles if len({*titles}) == len(paths) else paths, paths, models):
         started = time.perf_counter()
-        model.to(device, memory_format=torch.channels_last)
-        panels[path] = loss_surface(model, images, labels, c.grid, c.seed, c, autocast)
-        low, high = panels[path].min().item(), panels[path].max().item()
-        print(f"{path}: loss {low:.3f} to {high:.4g} within one filter length, {time.perf_counter() - started:.0f} s")
+        panels[title] = surface = loss_surface(model, images, labels, c.grid, c.seed, c, autocast)
+        print(f"{path}: loss {surface[c.grid // 2, c.grid // 2]:.3f} at the centre, {surface.min():.3f} to "
+              f"{surface.max():.4g} around it, {time.perf_counter() - started:.0f} s", flush=True)
     with one_line(f"can't make the folder {c.out}", status=1):
         Path(c.out).mkdir(parents=True, exist_ok=True)
+    write_atomic(Path(c.out) / "landscape.json", json.dumps({k: v.tolist() for k, v in panels.items()}).encode())
     contour_svg(Path(c.out) / "landscape.svg", panels, [0.1 * 10 ** (k / 6) for k in range(19)])  # .1 to 100
-    write_atomic(Path(c.out) / "landscape.json",
-                 json.dumps({path: surface.tolist() for path, surface in panels.items()}).encode())
     print(f"wrote {c.out}/landscape.svg")
 
 
 # ---- command line --------------------------------------------------------------------------------------------------
 
 def parse_flags(config, doc, argv):
-    """A config from flags, one for each of its fields, the field's comment as help. --resume, and --eval_only with a
-    checkpoint, start from that run's flags."""
+    """A config from flags, one for each of its fields, the field's comment as help. --resume starts from the flags of
+    the run that it goes on with."""
     def fail(message):
         raise UserError(f"{message}; see --help")
 
@@ -1174,12 +1197,10 @@ def parse_flags(config, doc, argv):
         text = f"{comments[field.name]} [{field.default}]".replace("%", "%%")
         parser.add_argument(f"--{field.name}", help=text, **how)
     flags = vars(parser.parse_args(argv))
-    c = config(**flags)  # checks them before any file is read
-    source = f"{c.out}/ckpt.pt" if c.resume else (c.init or f"{c.out}/best.pt") if c.eval_only else ""
-    if source.endswith(".pt"):
-        once = ("resume", "init", "stop_at", "out", "eval_only")
-        saved = load_checkpoint(source)["config"]
-        flags = {name: value for name, value in saved.items() if name in vars(c) and name not in once} | flags
+    if flags.get("resume"):
+        saved = load_checkpoint(f"{flags.get('out', config.out)}/ckpt.pt")["config"]
+        once = ("resume", "init", "stop_at", "out")
+        flags = {name: value for name, value in saved.items() if hasattr(config, name) and name not in once} | flags
     return config(**flags)
 
 
@@ -1190,8 +1211,6 @@ def main(argv=None):
         if c.landscape:
             landscape(c)
             return 0
-        if c.eval_only:
-            return evaluate_only(c)
         pressed, old = [], signal.getsignal(signal.SIGINT)  # a first Ctrl-C stops between steps, a second at once
         signal.signal(signal.SIGINT, lambda *_: (pressed.append(True), signal.signal(signal.SIGINT, old)))
         try:
@@ -1201,8 +1220,10 @@ def main(argv=None):
     except UserError as error:
         print(f"resnet.py: {error}", file=sys.stderr)
         return error.status
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        print(f"resnet.py: out of memory ({error}): lower --batch_size", file=sys.stderr)
+    except (MemoryError, RuntimeError) as error:  # torch has a RuntimeError for it, on a CPU a plain one
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        print(f"resnet.py: out of memory ({' '.join(str(error).split())[:200]}): lower --batch_size", file=sys.stderr)
         return 1
     except SystemExit as error:  # --help
         return error.code or 0

@@ -14,6 +14,7 @@ Tests that need GPT-2's vocabulary skip where tiktoken can't have it (TIKTOKEN_C
 import ast
 import collections
 import contextlib
+import copy
 import dataclasses
 import difflib
 import errno
@@ -35,6 +36,7 @@ import statistics
 import struct
 import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
 import time
@@ -52,7 +54,8 @@ from torch import nn
 HERE = Path(__file__).resolve().parent
 ALL = ("gpt2", "vit", "resnet", "ijepa", "mae", "simclr", "flash_attn", "puzzles")
 SCRIPTS = [name for name in ALL if (HERE / f"{name}.py").exists()]
-SHORT = {"gpt2": ["--eval_tokens", 4096, "--sample_tokens", 8]}  # flags that shorten a run but for its steps
+SHORT = {"gpt2": ["--eval_tokens", 4096, "--sample_tokens", 8],  # flags that shorten a run but for its steps
+         "resnet": ["--labels", 0.01, "--batch_size", 16, "--image_size", 16]}
 sys.path.insert(0, str(HERE))
 
 
@@ -1682,6 +1685,1370 @@ class TestGPT2(Case):
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# resnet.py
+
+
+def slow_conv(x, w, stride=1, groups=1):
+    """A convolution that keeps the size, as a sum over its filters' positions, one group after another."""
+    k, y = w.size(-1), []
+    H, W = ((n - 1) // stride + 1 for n in x.shape[2:])
+    x = F.pad(x, [k // 2] * 4)
+    for x_g, w_g in zip(x.chunk(groups, 1), w.chunk(groups)):
+        y.append(sum(torch.einsum("bchw,oc->bohw", x_g[:, :, i:i + stride * H:stride, j:j + stride * W:stride]
+                                  [:, :, :H, :W], w_g[:, :, i, j]) for i in range(k) for j in range(k)))
+    return torch.cat(y, 1)
+
+
+def slow_norm(x, w, name, training):
+    """Batch norm: by the batch's mean and biased variance in training, else by the running ones."""
+    if training:
+        n = len(x) * x[0, 0].numel()
+        mean = x.sum((0, 2, 3), keepdim=True) / n
+        var = (x - mean).square().sum((0, 2, 3), keepdim=True) / n
+    else:
+        mean, var = (w[f"{name}.running_{s}"].view(1, -1, 1, 1) for s in ("mean", "var"))
+    weight, bias = (w[f"{name}.{s}"].view(1, -1, 1, 1) for s in ("weight", "bias"))
+    return (x - mean) / (var + 1e-5).sqrt() * weight + bias
+
+
+def slow_gelu(x):
+    return x / 2 * (1 + torch.erf(x / 2**0.5))
+
+
+def slow_shortcut(w, x, C, stride, training):
+    """By w's names, torchvision's or RegNet's: 1×1 convolution and norm, or the convolution alone; without such names
+    x, every stride-th pixel, in the middle of C channels."""
+    for name in ("downsample", "proj"):
+        if f"{name}.0.weight" in w:
+            x = slow_conv(x, w[f"{name}.0.weight"], stride)
+            return slow_norm(x, w, f"{name}.1", training) if f"{name}.1.weight" in w else x
+    new = C - x.size(1)
+    y = x.new_zeros(len(x), C, *x[0, 0, ::stride, ::stride].shape)
+    y[:, new // 2:new // 2 + x.size(1)] = x[:, :, ::stride, ::stride]
+    return y
+
+
+def slow_block(w, x, stride=1, groups=1, training=False, plain=False, s=1, m=1):
+    """Two convolutions, or three, the last but one with stride and groups. s stands for DropPath, m for DropBlock."""
+    names = [(f"conv{i}", f"bn{i}") for i in "123"] + [(f"f.{k}.0", f"f.{k}.1") for k in "abc"]
+    names, y = [(conv, bn) for conv, bn in names if f"{conv}.weight" in w], x
+    for n, (conv, bn) in enumerate(names):
+        middle, last = n == len(names) - 2, n == len(names) - 1
+        y = slow_conv(y, w[f"{conv}.weight"], stride if middle else 1, groups if middle else 1)
+        y = slow_norm(y, w, bn, training)
+        y = y if last else y.clamp(min=0)
+    y = y if plain else slow_shortcut(w, x, y.size(1), stride, training) + s * y
+    return (m * y).clamp(min=0)
+
+
+def slow_preact(w, x, stride=1, training=False, plain=False, s=1, m=1):
+    a = slow_norm(x, w, "bn1", training).clamp(min=0)
+    y = slow_conv(a, w["conv1.weight"], stride)
+    y = slow_conv(slow_norm(y, w, "bn2", training).clamp(min=0), w["conv2.weight"])
+    if not plain:
+        y = s * y + (slow_conv(a, w["downsample.0.weight"], stride) if "downsample.0.weight" in w else x)
+    return m * y
+
+
+def slow_fast(w, x, stride=1, training=False, plain=False, s=1, m=1):
+    x = slow_conv(x, w["conv1.weight"]).unfold(2, stride, stride).unfold(3, stride, stride).amax((-1, -2))
+    x = slow_gelu(slow_norm(x, w, "bn1", training))
+    y = slow_gelu(slow_norm(slow_conv(x, w["conv2.weight"]), w, "bn2", training))
+    y = slow_norm(slow_conv(y, w["conv3.weight"]), w, "bn3", training)
+    return slow_gelu(m * (y if plain else x + s * y))
+
+
+def slow_blocks(w, x, block=slow_block, first=1, training=False, **how):
+    """Stages of blocks: layer1.0, layer1.1, ..., RegNet's trunk_output.block1.block1-0 the same."""
+    for i in "1234":
+        for j in range(99):
+            for at in (f"layer{i}.{j}.", f"trunk_output.block{i}.block{i}-{j}."):
+                inner = {k.removeprefix(at): v for k, v in w.items() if k.startswith(at)}
+                if inner:
+                    x = block(inner, x, stride=1 if j else first if i == "1" else 2, training=training, **how)
+    return x
+
+
+def slow_torchvision(w, x, group_width=None, groups=1):
+    """Logits in evaluation, of a state dict in torchvision's names."""
+    if "stem.0.weight" in w:
+        x = slow_norm(slow_conv(x, w["stem.0.weight"], 2), w, "stem.1", False).clamp(min=0)
+        x = slow_blocks(w, x, first=2, block=lambda u, x, **how: slow_block(
+            u, x, **how, groups=len(u["f.b.0.weight"]) // group_width))
+    else:
+        x = slow_norm(slow_conv(x, w["conv1.weight"], 2), w, "bn1", False).clamp(min=0)
+        x = F.pad(x, [1] * 4).unfold(2, 3, 2).unfold(3, 3, 2).amax((-1, -2))  # after a ReLU, 0 is as good as -inf
+        x = slow_blocks(w, x, groups=groups)
+    return x.mean((2, 3)) @ w["fc.weight"].T + w["fc.bias"]
+
+
+def torchvision_shapes(name):
+    """Names and shapes of torchvision's state dicts."""
+    shapes = {}
+
+    def conv_bn(conv, bn, C, C_in, k):
+        shapes[f"{conv}.weight"] = (C, C_in, k, k)
+        shapes.update({f"{bn}.{part}": (C,) for part in ("weight", "bias", "running_mean", "running_var")})
+        shapes[f"{bn}.num_batches_tracked"] = ()
+
+    if name == "regnet_x_400mf":
+        conv_bn("stem.0", "stem.1", 32, 3, 3)
+        C = 32
+        for i, (width, depth) in enumerate(((32, 1), (64, 2), (160, 7), (400, 12)), 1):
+            for j in range(depth):
+                at = f"trunk_output.block{i}.block{i}-{j}"
+                if j == 0:
+                    conv_bn(f"{at}.proj.0", f"{at}.proj.1", width, C, 1)
+                conv_bn(f"{at}.f.a.0", f"{at}.f.a.1", width, C, 1)
+                conv_bn(f"{at}.f.b.0", f"{at}.f.b.1", width, 16, 3)
+                conv_bn(f"{at}.f.c.0", f"{at}.f.c.1", width, width, 1)
+                C = width
+    else:
+        depths = dict(resnet18=(2, 2, 2, 2), resnet101=(3, 4, 23, 3), resnet152=(3, 8, 36, 3)).get(name, (3, 4, 6, 3))
+        conv_bn("conv1", "bn1", 64, 3, 7)
+        C = 64
+        for i, depth in enumerate(depths, 1):
+            width = 64 * 2 ** (i - 1)
+            inner = width * 2 if name in ("resnext50_32x4d", "wide_resnet50_2") else width
+            for j in range(depth):
+                at = f"layer{i}.{j}"
+                if name in ("resnet18", "resnet34"):
+                    conv_bn(f"{at}.conv1", f"{at}.bn1", width, C, 3)
+                    conv_bn(f"{at}.conv2", f"{at}.bn2", width, width, 3)
+                    out = width
+                else:
+                    conv_bn(f"{at}.conv1", f"{at}.bn1", inner, C, 1)
+                    conv_bn(f"{at}.conv2", f"{at}.bn2", inner, inner // 32 if name == "resnext50_32x4d" else inner, 3)
+                    conv_bn(f"{at}.conv3", f"{at}.bn3", 4 * width, inner, 1)
+                    out = 4 * width
+                if j == 0 and out != C or j == 0 and i > 1:
+                    conv_bn(f"{at}.downsample.0", f"{at}.downsample.1", out, C, 1)
+                C = out
+    return shapes | {"fc.weight": (1000, C), "fc.bias": (1000,)}
+
+
+def random_weights(shapes, seed=0):
+    """Weights that keep the variance, norms' scales about 1, running variances from .5 to 1.5."""
+    g, w = torch.Generator().manual_seed(seed), {}
+    for name, shape in shapes.items():
+        w[name] = torch.randn(shape, generator=g)
+        if len(shape) > 1:
+            w[name] *= (2 / math.prod(shape[1:])) ** 0.5
+        elif name.endswith("running_var"):
+            w[name] = torch.rand(shape, generator=g) + 0.5
+        elif name.endswith("tracked"):
+            w[name] = torch.tensor(0)
+        else:
+            w[name] = 0.2 * w[name] + name.endswith("weight")
+    return w
+
+
+@functools.cache
+def drawn(draw, n, seed):
+    return draw(n, seed)
+
+
+def small_resnet():
+    """A patch of resnet.py for runs that take a second: few images, and networks of two blocks."""
+    import resnet
+    draw, few = resnet.make_shapes, {10000: 240, 1000: 60, 2000: 60}
+
+    def basic(num_classes=10, **more):
+        stages = [(resnet.BasicBlock, 4, 1, 2), (resnet.BasicBlock, 8, 1, 2)]
+        return resnet.ResNet(stages, num_classes, **{"shortcut": "A", "stem_width": 4, **more})
+
+    def fast(num_classes=10, **more):
+        stages = [(resnet.FastBlock, 8, 1, 2), (resnet.FastBlock, 16, 1, 2)]
+        return resnet.ResNet(stages, num_classes, **{**more, "stem": "whiten", "stem_width": 24})
+
+    return mock.patch.multiple(resnet, make_shapes=lambda n, seed: drawn(draw, few.get(n, n), seed),
+                               ARCHS=resnet.ARCHS | dict(resnet20=basic, resnet56=basic, fast=fast))
+
+
+class Times(nn.Module):
+    """Multiplies by a constant."""
+
+    def __init__(self, constant):
+        super().__init__()
+        self.constant = constant
+
+    def forward(self, x):
+        return x * self.constant
+
+
+class Evil:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+class TestResNet(Case):
+    @classmethod
+    def setUpClass(cls):
+        import resnet
+        cls.resnet, cls.draw, cls.archs = resnet, staticmethod(resnet.make_shapes), resnet.ARCHS
+        cls.threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+
+    @classmethod
+    def tearDownClass(cls):
+        torch.set_num_threads(cls.threads)
+        drawn.cache_clear()
+
+    def setUp(self):
+        super().setUp()
+        torch.manual_seed(0)
+        patch = small_resnet()
+        patch.start()
+        self.addCleanup(patch.stop)
+        self.tiny = ["--batch_size", 16, "--steps", 12, "--eval_every", 6, "--log_every", 3, "--warmup", 2]
+
+    # helpers
+
+    def train(self, name, *flags, tiny=True, status=0):
+        """A small run into the folder name: its out, rows of the log, text, checkpoint."""
+        out = self.dir / name
+        got, text, err = run("resnet", *(self.tiny if tiny else ()), "--out", out, *flags)
+        self.assertEqual(got, status, err)
+        return self.look(out, text, err)
+
+    def look(self, out, text="", err=""):
+        rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        return SimpleNamespace(out=out, rows=rows, text=text, err=err,
+                               ckpt=torch.load(out / "ckpt.pt", weights_only=True),
+                               losses={r["step"]: r["loss"] for r in rows if "loss" in r},
+                               val={r["step"]: r["val_loss"] for r in rows if "val_loss" in r})
+
+    def same_run(self, a, b):
+        """The same parameters, buffers, average, optimiser, best accuracy and losses, bit for bit."""
+        for key in ("model", "optimizer", "step", "best", *["ema"] * ("ema" in a.ckpt)):
+            self.same(a.ckpt[key], b.ckpt[key], key)
+        kept = ("step", "loss", "train_accuracy", "lr", "val_loss", "val_accuracy", "test_accuracy",
+                "test_accuracy_six_views")
+        self.assertEqual(*([{k: row[k] for k in kept if k in row} for row in run.rows] for run in (a, b)))
+
+    def bad(self, *flags, says=(), status=2):
+        """Bad input: the status, one line on stderr that begins with the script's name, nothing on disk changes."""
+        before = snapshot(self.dir)
+        with self.subTest(flags=" ".join(map(str, flags))[-90:]), folder(self.dir):
+            got, out, err = run("resnet", *flags)
+            self.assertEqual(got, status, err)
+            self.assertRegex(err, r"\Aresnet\.py: [^\n]+\n\Z")
+            for word in [says] if isinstance(says, str) else says:
+                self.assertIn(str(word), err)
+            self.assertNotIn("Traceback", out)
+            self.assertEqual(sorted(snapshot(self.dir)), sorted(before), "files came or went")
+            self.assertTrue(snapshot(self.dir) == before, "a file changed")
+
+    def randomised(self, model, seed=0):
+        """The model in fp64 with random weights, norms and statistics; and copies of them, with gradients."""
+        model.double()
+        w = random_weights({k: tuple(t.shape) for k, t in model.state_dict().items()}, seed)
+        model.load_state_dict(w)
+        return {k: t.detach().clone().requires_grad_(t.is_floating_point()) for k, t in model.state_dict().items()}
+
+    def images(self, n, size=8, seed=0):
+        g = torch.Generator().manual_seed(seed)
+        return torch.randint(0, 256, (n, 3, size, size), generator=g, dtype=torch.uint8)
+
+    def network(self, *stages, **more):
+        return self.resnet.ResNet(list(stages), **{"num_classes": 5, "stem_width": 4, **more})
+
+    def config(self, **more):
+        return self.resnet.Config(**{"batch_size": 8, "steps": 20, "warmup": 3, **more})
+
+    # blocks and networks
+
+    def test_blocks(self):
+        """Output, gradients and running statistics of every block, with each kind of shortcut, against slow ones."""
+        r, bottleneck = self.resnet, self.resnet.Bottleneck
+        for make, slow, how, shortcuts in (
+                (r.BasicBlock, slow_block, {}, "ABIN"), (bottleneck, slow_block, {}, "ABIN"),
+                (functools.partial(bottleneck, ratio=0.5, groups=2), slow_block, dict(groups=2), "B"),
+                (functools.partial(bottleneck, ratio=1, group_width=4), slow_block, dict(groups=4), "BI"),
+                (r.PreActBlock, slow_preact, {}, "CIN"), (r.FastBlock, slow_fast, {}, "IN")):
+            for shortcut, training in itertools.product(shortcuts, (True, False)):
+                C_in, C, stride = (16, 16, 1) if shortcut == "I" and slow is not slow_fast else (7, 16, 2)
+                projection = [nn.Conv2d(C_in, C, 1, stride, bias=False), nn.BatchNorm2d(C)]
+                downsample = dict(A=r.PadShortcut(C_in, C, stride), B=nn.Sequential(*projection), I=nn.Identity(),
+                                  C=nn.Sequential(projection[0]), N=None)[shortcut]
+                s, m = (torch.rand(3, n, 1, 1).double() for n in (1, 16))
+                block = make(C_in, C, stride, nn.BatchNorm2d, downsample, Times(s), Times(m))
+                with self.subTest(make=make, shortcut=shortcut, training=training):
+                    w = self.randomised(block)
+                    x = torch.randn(3, C_in, 6, 6).double().requires_grad_()
+                    want = slow(w, x, stride, training=training, plain=shortcut == "N", s=s, m=m, **how)
+                    got = block.train(training)(x)
+                    self.close(got, want, 1e-11)
+                    r_ = torch.randn(want.shape).double()
+                    names = [k for k, p in block.named_parameters()]
+                    want = torch.autograd.grad((want * r_).sum(), [x, *(w[k] for k in names)])
+                    got = torch.autograd.grad((got * r_).sum(), [x, *block.parameters()])
+                    for name, a, b in zip(["x", *names], got, want):
+                        self.close(a, b, 1e-10, name)
+
+    def test_networks(self):
+        """Logits of whole networks: each stem, option A and plain, wide and whitened, against slow ones."""
+        r = self.resnet
+        basic, x = [(r.BasicBlock, 4, 2, 1), (r.BasicBlock, 9, 1, 2)], torch.randn(3, 3, 13, 13).double()
+
+        def cifar(w, plain=False, training=False):
+            y = slow_norm(slow_conv(x, w["conv1.weight"]), w, "bn1", training).clamp(min=0)
+            return slow_blocks(w, y, plain=plain, training=training).mean((2, 3))
+
+        def wide(w, training):
+            y = slow_blocks(w, slow_conv(x, w["conv1.weight"]), slow_preact, training=training)
+            return slow_norm(y, w, "bn_last", training).clamp(min=0).mean((2, 3))
+
+        def whiten(w, training):
+            patches = x.unfold(2, 2, 1).unfold(3, 2, 1)  # (B, 3, 12, 12, 2, 2)
+            y = torch.einsum("bchwij,ocij->bohw", patches, w["conv1.weight"]) + w["conv1.bias"].view(-1, 1, 1)
+            return slow_blocks(w, slow_gelu(y), slow_fast, first=2, training=training).amax((2, 3)) / 9
+
+        for slow, model in (
+                (cifar, self.network(*basic, shortcut="A")), (cifar, self.network(*basic, shortcut="B")),
+                (functools.partial(cifar, plain=True), self.network(*basic, shortcut="A", plain=True)),
+                (wide, self.network((r.PreActBlock, 4, 2, 1), (r.PreActBlock, 8, 1, 2), shortcut="conv",
+                                    stem="wide")),
+                (whiten, self.network((r.FastBlock, 8, 1, 2), (r.FastBlock, 9, 1, 2), stem="whiten"))):
+            for training in (False, True):
+                w = self.randomised(model)
+                want = slow(w, training=training) @ w["fc.weight"].T + (w["fc.bias"] if "fc.bias" in w else 0)
+                self.close(model.train(training)(x), want, 1e-11, str(slow))
+
+    def test_sizes(self):
+        """Parameters of every network, as published; fast's from its formula."""
+        fast = 24 * 13 + 9 * (24 * 64 + 2 * 64**2 + 64 * 256 + 5 * 256**2) + 6 * (64 + 256 + 256) + 256 * 10
+        sizes = {10: {"resnet20": 269722, "resnet32": 464154, "resnet44": 658586, "resnet56": 853018,
+                      "resnet110": 1727962, "wrn28-10": 36479194, "wrn16-8": 10961370, "fast": fast},
+                 1000: {"resnet18": 11689512, "resnet34": 21797672, "resnet50": 25557032, "resnet101": 44549160,
+                        "resnet152": 60192808, "resnext50_32x4d": 25028904, "wide_resnet50_2": 68883240,
+                        "regnet_x_400mf": 5495976}}
+        self.assertEqual(sorted([*sizes[10], *sizes[1000]]), sorted(self.archs))
+        for classes, table in sizes.items():
+            for name, size in table.items():
+                with torch.device("meta"):
+                    model = self.archs[name](num_classes=classes)
+                self.assertEqual(sum(p.numel() for p in model.parameters()), size, name)
+                layers = [m for k, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))
+                          and "downsample" not in k]
+                if re.fullmatch(r"resnet\d+", name):  # a network is named after its layers
+                    self.assertEqual(len(layers), int(name[6:]))
+
+    def test_macs(self):
+        """Against sums over layers of (output positions) × (weights)."""
+        def macs(name, size, **more):
+            with torch.device("meta"):
+                return self.resnet.count_macs(self.archs[name](**more), size)
+
+        def stage(C_in, C, size, n):  # of n basic blocks, without a projection
+            return size**2 * 9 * (C_in * C + (2 * n - 1) * C * C)
+
+        cifar = 32**2 * 27 * 16 + stage(16, 16, 32, 3) + stage(16, 32, 16, 3) + stage(32, 64, 8, 3) + 640
+        self.assertEqual((cifar, macs("resnet20", 32)), (40551040, 40551040))
+        imagenet = 112**2 * 147 * 64 + 512 * 1000 + sum(
+            stage(C_in, C, size, 2) + size**2 * C_in * C * (C > 64)
+            for C_in, C, size in ((64, 64, 56), (64, 128, 28), (128, 256, 14), (256, 512, 7)))
+        self.assertEqual((imagenet, macs("resnet18", 224)), (1814073344, 1814073344))
+        group = [9 * C_in * C * before**2 + 18 * C * C * after**2
+                 for C_in, C, before, after in ((24, 64, 31, 15), (64, 256, 15, 7), (256, 256, 7, 3))]
+        self.assertEqual(macs("fast", 32), 24 * 12 * 31**2 + sum(group) + 2560)
+        self.assertAlmostEqual(macs("regnet_x_400mf", 224, num_classes=1000) / 400e6, 1, delta=0.05)
+
+    def test_plain(self):
+        """The same parameters without the shortcut, with which the last block's branch at 0 leaves its input."""
+        r = self.resnet
+        stages = [(r.BasicBlock, 4, 2, 1), (r.BasicBlock, 8, 2, 2)]
+        plain, residual = (self.network(*stages, shortcut="A", plain=flag).eval() for flag in (True, False))
+        self.assertEqual(*({k: p.shape for k, p in m.named_parameters()} for m in (plain, residual)))
+        plain.load_state_dict(residual.state_dict())
+        x = torch.randn(2, 8, 5, 5).abs()
+        for model, want in ((plain, torch.zeros_like(x)), (residual, x)):
+            block = model.layer2[1]
+            nn.init.zeros_(block.bn2.weight)
+            self.assertTrue(torch.equal(block(x), want))
+        names = {name: self.archs[name] for name in ("resnet20", "resnet56")}
+        for depth, make in names.items():
+            with torch.device("meta"):
+                a, b = make(), make(plain=True)
+            self.assertEqual(*({k: p.shape for k, p in m.state_dict().items()} for m in (a, b)))
+
+    def test_drop_path(self):
+        """Each image's branch is left out or scaled by 1 / (1 - p), with probability p; in evaluation never."""
+        p, n = 0.3, 4000
+        drop, x = self.resnet.DropPath(p), torch.randn(n, 2, 3, 3)
+        y = drop(x)
+        gone = (y == 0).flatten(1).all(1)
+        self.close(y[~gone], x[~gone] / (1 - p), 1e-6)
+        self.assertAlmostEqual(gone.float().mean().item(), p, delta=5 * (p * (1 - p) / n) ** 0.5)
+        self.assertIs(drop.eval()(x), x)
+        self.assertTrue(torch.equal(self.resnet.DropPath(0.0)(x), x))
+        r = self.resnet
+        for block in (r.BasicBlock, r.PreActBlock, r.FastBlock):
+            model = self.network((block, 4, 2, 1), (block, 6, 3, 2), shortcut="conv", drop_path=0.5)
+            self.assertEqual([m.p for m in model.modules() if isinstance(m, r.DropPath)],
+                             [0.5 * n / 5 for n in range(1, 6)])
+        block = self.network((r.BasicBlock, 4, 2, 1), drop_path=0.5).layer1[1]  # an image keeps its shortcut
+        x = torch.randn(64, 4, 5, 5).abs()
+        y, branch = block(x), block.branch(x)
+        gone = (y == x).flatten(1).all(1)
+        self.assertTrue(10 < gone.sum() < 54, gone.sum())
+        self.close(y[~gone], (x + 2 * branch).relu()[~gone], 1e-6)
+
+    def test_drop_block(self):
+        """Squares of zeros inside the map, channels and images apart; the rest is scaled so that the mean stays."""
+        for p, size, H, W in ((0.1, 3, 8, 8), (0.1, 3, 16, 9), (0.25, 7, 14, 14), (0.2, 1, 6, 6), (0.1, 7, 4, 4)):
+            with self.subTest(p=p, size=size, H=H, W=W):
+                s, x = min(size, H, W), torch.ones(200, 20, H, W)
+                y = self.resnet.DropBlock(p, size)(x)
+                zero = y == 0
+                # from [7] eq. 1: a pixel is dropped if one of the squares that hold it is drawn
+                gamma = p / s**2 * (H * W) / ((H - s + 1) * (W - s + 1))
+                squares = torch.zeros(H, W)
+                covered = torch.zeros_like(zero)
+                for i, j in itertools.product(range(H - s + 1), range(W - s + 1)):
+                    squares[i:i + s, j:j + s] += 1
+                    whole = zero[:, :, i:i + s, j:j + s].flatten(2).all(2)
+                    covered[:, :, i:i + s, j:j + s] |= whole[:, :, None, None]
+                want = 1 - (1 - gamma) ** squares
+                spread = zero.double().mean((2, 3)).std().item() / 4000**0.5
+                self.assertAlmostEqual(zero.double().mean().item(), want.mean().item(), delta=5 * spread)
+                self.assertTrue(0.7 * p < want.mean() <= p + 1e-6)  # where squares overlap it is a little less
+                self.assertTrue(torch.equal(covered, zero), "zeros that are no squares")
+                if s < H:
+                    self.assertIn(s * s, zero.flatten(2).sum(2).unique().tolist())  # a square alone
+                self.assertGreater(len(zero.flatten(0, 1).flatten(1).unique(dim=0)), 10 if s < H else 1)
+                kept = y[~zero]
+                self.assertTrue((kept == kept[0]).all())
+                self.assertAlmostEqual(y.double().mean().item(), 1, delta=1e-5)
+                x = torch.randn(2, 2, H, W)
+                self.assertIs(self.resnet.DropBlock(p, size).eval()(x), x)
+                self.assertTrue(torch.equal(self.resnet.DropBlock(0.0, size)(x), x))
+        r = self.resnet
+        model = self.network(*[(r.BasicBlock, 4, 2, 1)] * 3, drop_block=0.2)
+        self.assertEqual([m.p for m in model.modules() if isinstance(m, r.DropBlock)], [0, 0, 0.2, 0.2, 0.2, 0.2])
+
+    def test_norms(self):
+        """Batch norm divides by the biased variance and keeps the unbiased one; layer norm is torch's, with a scale
+        and a shift per channel."""
+        x = 3 * torch.randn(2, 4, 1, 1) + 5  # n = 2
+        norm = self.resnet.make_norm("batch", 4, momentum=0.3)
+        y = norm(x)
+        mean = x.mean(0).flatten()
+        biased = ((x[0] - x[1]) / 2).square().flatten()
+        self.close(y[0].flatten(), (x[0].flatten() - mean) / (biased + 1e-5).sqrt(), 1e-5)
+        self.close(norm.running_var, 0.7 + 0.3 * 2 * biased, 1e-5)
+        self.close(norm.running_mean, 0.3 * mean, 1e-5)
+        x = 3 * torch.randn(5, 4, 3, 6) + 5
+        norm = self.resnet.make_norm("layer", 4)
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+        want = nn.LayerNorm((4, 3, 6), elementwise_affine=False)(x)
+        self.close(norm(x), want * norm.weight.view(4, 1, 1) + norm.bias.view(4, 1, 1), 1e-5)
+        self.assertTrue(torch.equal(self.resnet.make_norm("none", 4)(x), x))
+
+    def test_initial_weights(self):
+        """Through 20 plain layers without norms, He's weights keep the size of what passes; Xavier's take half of the
+        variance in each: the same random numbers, so that the ratio is exact."""
+        stds, x = {}, torch.randn(8, 3, 16, 16)
+        for kind in ("kaiming", "xavier"):
+            torch.manual_seed(0)
+            model = self.network((self.resnet.BasicBlock, 32, 10, 1), stem_width=32, norm="none", plain=True,
+                                 weight_init=kind)
+            with torch.no_grad():
+                first = model.conv1(x).relu()
+                stds[kind] = first.std().item(), model.layer1(first).std().item()
+            for conv in (m for m in model.modules() if isinstance(m, nn.Conv2d) and m.in_channels == 32):
+                want = (1 / 288 if kind == "xavier" else 2 / 288) ** 0.5
+                self.assertAlmostEqual(conv.weight.std().item() / want, 1, delta=0.05)
+        self.assertTrue(1 / 3 < stds["kaiming"][1] / stds["kaiming"][0] < 3, stds)
+        ratio = (stds["kaiming"][1] / stds["kaiming"][0]) / (stds["xavier"][1] / stds["xavier"][0])
+        self.assertAlmostEqual(ratio / 2**10, 1, delta=1e-3)
+
+    def test_whitening(self):
+        """On the images' patches the filters' outputs have the identity as second moments, up to eps; in pairs ±."""
+        x = self.resnet.normalise(self.draw(64, 0)[0], self.resnet.CIFAR10_STATS)
+        model = self.network((self.resnet.FastBlock, 8, 1, 2), stem="whiten", stem_width=24)
+        for eps, tolerance in ((1e-12, 2e-3), (5e-4, 0.2)):
+            model.whiten_stem(x, eps)
+            with torch.no_grad():
+                y = (model.conv1(x) - model.conv1.bias.view(-1, 1, 1)).transpose(0, 1).flatten(1).double()  # (24, n)
+            moments = y @ y.T / y.size(1)
+            self.assertLess((moments[:12, :12] - torch.eye(12)).abs().max().item(), tolerance)
+            self.assertTrue(torch.equal(model.conv1.weight[12:], -model.conv1.weight[:12]))
+        self.assertFalse(model.conv1.weight.requires_grad)
+        patches = x.unfold(2, 2, 1).unfold(3, 2, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 12).double()
+        values = torch.linalg.svdvals(patches).square() / len(patches)
+        self.close(moments[:12, :12].diagonal().sort().values, (values / (values + 5e-4)).sort().values, 1e-4)
+
+    # official weights
+
+    def test_official_shapes(self):
+        """Every official network has the names and shapes of torchvision's state dict, RegNet's after renaming."""
+        for name in self.resnet.OFFICIAL:
+            with torch.device("meta"):
+                ours = {k: tuple(t.shape) for k, t in self.archs[name](1000).state_dict().items()}
+            theirs = torchvision_shapes(name)
+            if name == "regnet_x_400mf":
+                self.assertEqual(sorted(ours.values()), sorted(theirs.values()))
+            else:
+                self.assertEqual(ours, theirs, name)
+
+    def test_official_weights(self):
+        """Random state dicts in torchvision's names, in files with the published names: logits as slow ones."""
+        x = torch.randn(1, 3, 32, 32)
+        for file, how in (("resnet18-f37072fd.pth", {}), ("resnext50_32x4d-1a0047aa.pth", dict(groups=32)),
+                          ("regnet_x_400mf-62229a5f.pth", dict(group_width=16))):
+            with self.subTest(file):
+                w = random_weights(torchvision_shapes(file.split("-")[0]))
+                torch.save(w, self.dir / file)
+                model = self.resnet.from_pretrained(self.dir / file).eval()
+                w = {k: t.double() for k, t in w.items()}
+                with torch.no_grad():
+                    self.close(model(x), slow_torchvision(w, x.double(), **how), 1e-4)
+                (self.dir / file).unlink()
+
+    def test_official_refused(self):
+        name = "regnet_x_400mf-62229a5f.pth"
+        w = random_weights(torchvision_shapes("regnet_x_400mf"))
+        changes = (("missing", lambda w: w.pop("trunk_output.block2.block2-1.f.b.0.weight")),
+                   ("missing", lambda w: w.pop("stem.1.running_mean")),
+                   ("extra", lambda w: w.update({"trunk_output.block2.block2-2.f.b.0.weight": torch.ones(1)})),
+                   ("shape", lambda w: w.update({"fc.bias": torch.ones(999)})))
+        for _, change in changes:
+            wrong = dict(w)
+            change(wrong)
+            torch.save(wrong, self.dir / name)
+            self.bad(*self.tiny, "--init", self.dir / name, says=name)
+        marker = self.dir / "marker"
+        for content in (Evil(marker), {**w, "fc.bias": Evil(marker)}):
+            torch.save(content, self.dir / name)
+            self.bad(*self.tiny, "--init", self.dir / name, says=name)
+            self.assertFalse(marker.exists())
+            torch.load(self.dir / name, weights_only=False)
+            marker.rmdir()  # it would have been made
+        for content in (b"", b"cos\nmkdir\n(S'marker'\ntR.", (self.dir / name).read_bytes()[:5000]):
+            (self.dir / name).write_bytes(content)
+            self.bad(*self.tiny, "--init", self.dir / name, says=name)
+
+    def test_official_download(self):
+        """--init with an official name: from the published address, unless its hash differs."""
+        w, asked, get = random_weights(torchvision_shapes("regnet_x_400mf")), [], self.resnet.requests.get
+        torch.save(w, self.dir / "x")
+        body = (self.dir / "x").read_bytes()
+        server = Server(self, dict(body=body))
+
+        def redirected(url, **how):
+            asked.append(url)
+            return get(server.url, **how)
+
+        data = self.dir / "data"
+        flags = ["--init", "regnet_x_400mf", "--data_dir", data, "--steps", 1, "--out", self.dir / "o"]
+        with mock.patch.object(self.resnet.requests, "get", redirected):
+            status, _, err = run("resnet", *flags)
+            self.assertEqual(status, 2)
+            self.assertRegex(err.splitlines()[-1], r"\Aresnet\.py: .*sha256")
+            self.assertEqual([*data.iterdir()], [])
+            self.assertFalse((self.dir / "o").exists())
+            digits = hashlib.sha256(body).hexdigest()[:8]
+            with mock.patch.dict(self.resnet.OFFICIAL, regnet_x_400mf=digits), \
+                    contextlib.redirect_stderr(io.StringIO()) as err:
+                for _ in range(2):
+                    model = self.resnet.from_pretrained("regnet_x_400mf", data)
+        self.assertIn(f"of {len(body) / 1e6:.1f} MB", err.getvalue())
+        self.assertEqual(asked, [f"https://download.pytorch.org/models/regnet_x_400mf-{hash_}.pth"
+                                 for hash_ in ("62229a5f", digits)])
+        self.assertTrue(torch.equal(model.fc.weight, w["fc.weight"]))
+
+    def test_init(self):
+        """Fine-tuning: all but the last layer from a file, with ImageNet's statistics; --freeze trains that alone."""
+        w = random_weights(torchvision_shapes("regnet_x_400mf"))
+        path = self.dir / "regnet_x_400mf-62229a5f.pth"
+        torch.save(w, path)
+        model = self.resnet.load_network(self.config(init=str(path)), 10)
+        self.assertEqual((model.fc.weight.shape, model.settings["num_classes"]), ((10, 400), 10))
+        self.assertTrue(torch.equal(model.layer4[3].conv2.weight, w["trunk_output.block4.block4-3.f.b.0.weight"]))
+        self.assertEqual(model.stats, ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        a = self.train("a")
+        best = torch.load(a.out / "best.pt", weights_only=True)
+        b = self.train("b", "--init", a.out / "best.pt", "--freeze", "--lr", 0.05)
+        for name, value in b.ckpt["model"].items():  # statistics too
+            self.assertEqual(torch.equal(value, best["model"][name]), not name.startswith("fc"), name)
+        self.assertEqual(b.ckpt["step"], 12)
+
+    # data
+
+    def test_augment(self):
+        """Against np.pad, a crop and a flip, image by image, at every shift."""
+        images = self.images(5, 6)[:, :, :, :5]
+        shifts = [*itertools.product(range(-4, 5), range(-4, 5), (False, True))]
+        index = torch.arange(len(shifts)) * 3 % 5
+        dy, dx, mirror = (torch.tensor(column) for column in zip(*shifts))
+        got = self.resnet.augment(images, index, dy, dx, mirror)
+        for n, (y, x, flip) in enumerate(shifts):
+            padded = np.pad(images[index[n]].numpy(), ((0, 0), (4, 4), (4, 4)), mode="reflect")
+            want = padded[:, 4 + y:10 + y, 4 + x:9 + x]
+            self.assertTrue(np.array_equal(got[n].numpy(), want[:, :, ::-1] if flip else want), (y, x, flip))
+        self.assertTrue(got.is_contiguous(memory_format=torch.channels_last))
+        zero = torch.zeros(5, dtype=torch.long)
+        self.assertTrue(torch.equal(self.resnet.augment(images, torch.arange(5), zero, zero, zero > 0), images))
+        large = self.images(1, 32)
+        far = torch.tensor([31])
+        want = np.pad(large[0].numpy(), ((0, 0), (31, 31), (31, 31)), mode="reflect")[:, 62:, :32]
+        got = self.resnet.augment(large, torch.tensor([0]), far, -far, far < 0)
+        self.assertTrue(np.array_equal(got[0].numpy(), want))
+
+    def batch(self, n, step, slot=0, slots=1, **more):
+        """A batch from n images whose pixels tell their column, their row and their number."""
+        x = torch.arange(32, dtype=torch.uint8)
+        images = torch.stack(torch.broadcast_tensors(x, x[:, None], torch.zeros(n, 32, 32, dtype=torch.uint8)), 1)
+        images[:, 2] = torch.arange(n)[:, None, None]
+        x, y = self.resnet.training_batch(self.config(**more), images, torch.arange(n), step, slot, slots)
+        self.assertTrue(torch.equal(x[:, 2, 0, 0].long(), y))  # an image's label is its own
+        mirror = x[:, 0, 16, 16].int() > x[:, 0, 16, 17].int()
+        x = torch.where(mirror[:, None, None, None], x.flip(-1), x)
+        return SimpleNamespace(y=y.tolist(), mirror=mirror.tolist(), dx=(x[:, 0, 16, 16].int() - 16).tolist(),
+                               dy=(x[:, 1, 16, 16].int() - 16).tolist())
+
+    def test_batches(self):
+        """What is in a batch depends on seed, step and slot alone; slots share a step's images; an epoch has each
+        image once, in an order of its own."""
+        a = self.batch(48, 7, 1, 2)
+        np.random.seed(9)
+        torch.manual_seed(9)
+        self.assertEqual(a, self.batch(48, 7, 1, 2))
+        for other in (self.batch(48, 7, 0, 2), self.batch(48, 8, 1, 2), self.batch(48, 7, 1, 2, seed=1)):
+            self.assertNotEqual(a.y, other.y)
+            self.assertNotEqual((a.dx, a.mirror), (other.dx, other.mirror))
+        for step in range(6):
+            slots = [self.batch(48, step, slot, 2).y for slot in range(2)]
+            self.assertEqual(sum(slots, []), self.batch(48, step, batch_size=16).y)
+        epochs = [sum((self.batch(48, 3 * e + s, batch_size=16).y for s in range(3)), []) for e in range(3)]
+        for epoch in epochs:
+            self.assertEqual(sorted(epoch), list(range(48)))
+        self.assertNotEqual(epochs[0], epochs[1])
+        short = sum((self.batch(50, s, batch_size=16).y for s in range(3)), [])
+        self.assertEqual(len(set(short)), 48)  # what is left over waits for the next epoch's order
+        small = self.batch(5, 0, batch_size=16)  # fewer images than a batch: over and over
+        self.assertEqual({small.y.count(k) for k in range(5)}, {3, 4})
+        two = sum((self.batch(5, 0, slot, 2).y for slot in range(2)), [])
+        self.assertEqual(two, small.y)
+
+    def test_shifts_and_mirrors(self):
+        seen = [self.batch(64, step, batch_size=64, crop=3) for step in range(20)]
+        for name in ("dy", "dx"):
+            counts = collections.Counter(sum((getattr(b, name) for b in seen), []))
+            self.assertEqual(sorted(counts), list(range(-3, 4)))
+            for count in counts.values():
+                self.assertAlmostEqual(count / 1280, 1 / 7, delta=5 * (6 / 49 / 1280) ** 0.5)
+        self.assertEqual(len({pair for b in seen for pair in zip(b.dy, b.dx)}), 49)
+        mirrored = sum(sum(b.mirror) for b in seen) / 1280
+        self.assertAlmostEqual(mirrored, 0.5, delta=5 * 0.5 / 1280**0.5)
+        none = self.batch(64, 3, batch_size=64, crop=0, flip="none")
+        self.assertEqual((set(none.mirror), set(none.dy), set(none.dx)), ({False}, {0}, {0}))
+        by_image = collections.defaultdict(list)
+        for step in range(12):  # three epochs of four steps
+            b = self.batch(64, step, batch_size=16, flip="alternate")
+            for y, mirror in zip(b.y, b.mirror):
+                by_image[y].append(mirror)
+        self.assertEqual({tuple(row) for row in by_image.values()}, {(True, False, True), (False, True, False)})
+        self.assertTrue(16 < sum(row[0] for row in by_image.values()) < 48)  # not all of them at once
+
+    def test_shapes(self):
+        """Ten classes of equal size, drawn from the seed; a linear classifier can't tell them apart."""
+        x, y = self.draw(103, 5)
+        self.assertEqual((x.shape, x.dtype, y.shape, y.dtype), ((103, 3, 32, 32), torch.uint8, (103,), torch.int64))
+        self.assertEqual(torch.bincount(y).tolist(), [11] * 3 + [10] * 7)
+        self.assertNotEqual(y.tolist(), sorted(y.tolist()))
+        torch.manual_seed(99)
+        self.same([x, y], list(self.draw(103, 5)))
+        self.assertFalse(torch.equal(x, self.draw(103, 6)[0]))
+        self.assertEqual(len(x.flatten(1).unique(dim=0)), 103)
+        x, y = self.draw(5000, 1)
+        test_x, test_y = self.draw(1000, 3)
+        best = 0
+        a, b = (torch.cat((t.flatten(1) / 255 - 0.5, torch.ones(len(t), 1)), 1) for t in (x, test_x))
+        gram, right = a.T @ a, a.T @ F.one_hot(y, 10).float()
+        for ridge in (10, 1000):
+            weights = torch.linalg.solve(gram + ridge * torch.eye(len(gram)), right)
+            best = max(best, ((b @ weights).argmax(1) == test_y).double().mean().item())
+        self.assertTrue(0.1 < best < 0.35, best)
+
+    def test_split(self):
+        """The last 5,000 training images are for validation; --labels takes the first of each class, the same
+        fraction; --full_train everything."""
+        y = torch.arange(5400) * 7 % 10
+        x = torch.arange(5400)[:, None, None, None].repeat(1, 3, 1, 1)
+        with mock.patch.object(self.resnet, "load_cifar10", lambda root: (x, y, x[:20], y[:20])), \
+                mock.patch.object(self.resnet, "fetch_cifar10", lambda root: None):
+            for labels, full, train in ((1, False, range(400)), (1, True, range(5400)), (0.2, False, range(80)),
+                                        (0.001, False, range(10)), (0.5, True, range(2700))):
+                c = self.config(data="cifar10", labels=labels, full_train=full)
+                got, val, test, classes = self.resnet.load_images(c)
+                self.assertEqual(sorted(got[0][:, 0, 0, 0].tolist()), list(train))
+                self.assertTrue(torch.equal(got[1], y[got[0][:, 0, 0, 0]]))
+                self.assertEqual((val[0][:, 0, 0, 0].tolist(), len(test[0])), (list(range(400, 5400)), 20))
+        self.assertEqual(classes, "airplane automobile bird cat deer dog frog horse ship truck".split())
+        train, val, test, classes = self.resnet.load_images(self.config(labels=0.5))
+        self.assertEqual([len(t[0]) for t in (train, val, test)], [120, 60, 60])
+        self.assertEqual(torch.bincount(train[1]).tolist(), [12] * 10)
+
+    def cifar(self, n, seed=0, pixels=True):
+        """{name: bytes} of files as CIFAR-10's: records of a label and 3,072 pixels."""
+        rng, files = np.random.default_rng(seed), {"batches.meta.txt": b"airplane\n"}
+        for name in ("test_batch.bin", *(f"data_batch_{i}.bin" for i in range(1, 6))):
+            record = rng.integers(0, 256 if pixels else 1, (n, 3073), dtype=np.uint8)
+            record[:, 0] = rng.integers(0, 10, n)
+            files[name] = record.tobytes()
+        return files
+
+    def write(self, files, root):
+        (root / "cifar-10-batches-bin").mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            (root / "cifar-10-batches-bin" / name).write_bytes(content)
+        return root
+
+    def test_cifar10(self):
+        """Labels and pixels where the format has them: red, green, blue, row by row; the files in their order."""
+        files = self.cifar(3)
+        train_x, train_y, test_x, test_y = self.resnet.load_cifar10(self.write(files, self.dir))
+        self.assertEqual((train_x.shape, train_x.dtype, train_y.dtype), ((15, 3, 32, 32), torch.uint8, torch.int64))
+        self.assertEqual((test_x.shape, test_y.shape), ((3, 3, 32, 32), (3,)))
+        for x, y, names in ((test_x, test_y, ["test_batch.bin"]),
+                            (train_x, train_y, [f"data_batch_{i}.bin" for i in range(1, 6)])):
+            raw = b"".join(files[name] for name in names)
+            for n in range(len(x)):
+                self.assertEqual(y[n].item(), raw[3073 * n])
+                for channel, row, column in itertools.product(range(3), (0, 5, 31), (0, 7, 31)):
+                    self.assertEqual(x[n, channel, row, column].item(),
+                                     raw[3073 * n + 1 + 1024 * channel + 32 * row + column])
+
+    def test_bad_cifar10(self):
+        """Wrong files: a line that names them. 15 images to train on: fewer than go to validation."""
+        good = self.cifar(3)
+        flags = [*self.tiny, "--data", self.dir / "c"]
+        label = bytearray(good["data_batch_4.bin"])
+        label[3073] = 10
+        for name, content in (("data_batch_2.bin", good["data_batch_2.bin"][:-1]), ("test_batch.bin", b""),
+                              ("data_batch_4.bin", bytes(label))):
+            self.write(good | {name: content}, self.dir / "c")
+            self.bad(*flags, says=name)
+        self.write(good, self.dir / "c")
+        self.bad(*flags, says=("15", "5,000"))
+        (self.dir / "c/cifar-10-batches-bin/test_batch.bin").unlink()
+        self.bad(*flags, says="test_batch.bin")
+        self.bad(*self.tiny, "--data", self.dir / "nowhere", says="nowhere")
+
+    def archive(self, files):
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+            for name, content in files.items():
+                info = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+        return buffer.getvalue()
+
+    def cifar_run(self, server, body, *flags):
+        """A run on what the server has: status, and what stderr says; everything is in the folder data or o."""
+        with mock.patch.multiple(self.resnet, CIFAR10=server.url, CIFAR10_MD5=f"md5:{hashlib.md5(body).hexdigest()}"):
+            status, out, err = run("resnet", *self.tiny, "--steps", 1, "--image_size", 16, "--data", "cifar10",
+                                   "--data_dir", self.dir / "data", "--out", self.dir / "o", *flags)
+        self.assertNotIn("Traceback", err + out)
+        self.assertLessEqual({p.name for p in self.dir.iterdir()}, {"data", "o"})
+        if status:
+            self.assertEqual(status, 2, err)
+            self.assertRegex(err, r"resnet\.py: [^\n]*\n\Z")
+            self.assertFalse((self.dir / "o").exists())
+        return status, err
+
+    def test_fetch(self):
+        """Broken, then whole: it trains, and asks no more. Progress goes to stderr."""
+        files = self.cifar(1001, pixels=False)
+        body = self.archive(files)
+        server = Server(self, dict(body=body, cut=len(body) // 2), dict(body=body))
+        status, err = self.cifar_run(server, body)
+        self.assertEqual(status, 2)
+        self.assertIn("run again", err)
+        for _ in range(2):
+            status, err = self.cifar_run(server, body)
+            self.assertEqual(status, 0, err)
+            self.assertEqual("MB" in err, len(server.asked) == 2 and _ == 0)
+        self.assertEqual(len(server.asked), 2)
+        folder_ = self.dir / "data/cifar-10-batches-bin"
+        self.assertEqual({p.name: p.read_bytes() for p in folder_.iterdir()}, files)
+        self.assertEqual(self.look(self.dir / "o").rows[-1]["classes"].keys(), {*self.resnet.CIFAR10_CLASSES})
+        (folder_ / "data_batch_5.bin").unlink()  # unpacked again, without a download
+        self.assertEqual(self.cifar_run(server, body)[0], 0)
+        self.assertEqual((len(server.asked), len([*folder_.iterdir()])), (2, 7))
+
+    def test_bad_archives(self):
+        files = self.cifar(2)
+        body = self.archive(files)
+        self.assertIn("md5", self.cifar_run(Server(self, dict(body=body)), b"other")[1].splitlines()[-1])
+        self.assertEqual([*(self.dir / "data").iterdir()], [])
+        few = self.archive({"test_batch.bin": files["test_batch.bin"]})
+        for wrong in (body[:len(body) // 2], b"no archive", few):
+            err = self.cifar_run(Server(self, dict(body=wrong)), wrong)[1]
+            self.assertIn("cifar-10-binary.tar.gz", err.splitlines()[-1])
+            shutil.rmtree(self.dir / "data")
+        self.assertIn("404", self.cifar_run(Server(self, dict(body=b"", status=404)), body)[1])
+        with mock.patch("requests.get", side_effect=OSError("no\nnetwork")):
+            self.assertIn("no network", self.cifar_run(Server(self, dict(body=body)), body)[1])
+        outside = self.archive({**files, "../../evil": b"x"})  # what has another name stays in the archive
+        server = Server(self, dict(body=outside))
+        with mock.patch.multiple(self.resnet, CIFAR10=server.url, CIFAR10_MD5="md5:"), \
+                contextlib.redirect_stderr(io.StringIO()):
+            self.resnet.fetch_cifar10(self.dir / "data")
+        self.assertEqual({p.name for p in (self.dir / "data").rglob("*") if p.is_file()},
+                         {*files, "cifar-10-binary.tar.gz"})
+
+    # evaluation
+
+    def test_normalise(self):
+        x = self.images(2, 6)
+        mean, std = self.resnet.CIFAR10_STATS
+        want = torch.stack([(x[:, c].double() / 255 - mean[c]) / std[c] for c in range(3)], 1)
+        self.close(self.resnet.normalise(x, (mean, std)), want, 1e-6)
+        for size in (3, 12):
+            scaled = F.interpolate(want, (size, size), mode="bilinear")
+            self.close(self.resnet.normalise(x, (mean, std), size), scaled, 1e-6)
+
+    def test_views(self):
+        """Against mirrors and shifts by index: a pixel up-left and down-right, borders reflected."""
+        class Model(nn.Module):
+            stats = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+
+            def forward(self, x):
+                return torch.tanh(x.flatten(1) @ w / 8)
+
+        images, w = self.images(501, 6)[..., :5], torch.randn(90, 4)
+        mean, std = (torch.tensor(s).view(3, 1, 1) for s in Model.stats)
+        x = (images / 255 - mean) / std
+
+        def moved(d):
+            rows, columns = ([n - 1 - abs(n - 1 - abs(i + d)) for i in range(n)] for n in (6, 5))
+            return x[:, :, rows][:, :, :, columns]
+
+        views = [v for still in (x, moved(1), moved(-1)) for v in (still, still.flip(3))]
+        want = torch.stack([torch.tanh(v.flatten(1) @ w / 8) for v in views])
+        for views in (1, 2, 6):
+            got = self.resnet.predict(Model(), images, self.config(), contextlib.nullcontext(), views=views)
+            self.close(got, want[:views], 1e-5)
+
+    def small(self, **more):
+        """A model with random weights that are not its first ones, and 510 images: more than one part. 8 channels:
+        torch 2.13's 1×1 convolution with stride 2 writes where it must not, with fewer and channels-last on a CPU."""
+        stages = (self.resnet.BasicBlock, 8, 1, 1), (self.resnet.BasicBlock, 12, 1, 2)
+        model = self.network(*stages, stem_width=8, **more)
+        self.randomised(model)
+        return model.float(), self.images(510), torch.arange(510) % 5
+
+    def test_evaluate(self):
+        """Loss and accuracy, image by image, in evaluation; and of sums over the views, of each class."""
+        model, images, labels = self.small()
+        c, null, out = self.config(), contextlib.nullcontext(), io.StringIO()
+        scores = self.resnet.evaluate(model.train(), images, labels, c, null)
+        with contextlib.redirect_stdout(out):
+            tested = self.resnet.test_scores(model.train(), images, labels, "abcde", c, null)
+        losses, hits = [], collections.defaultdict(list)
+        views = self.resnet.predict(model, images, c, null, views=6).double()  # see test_views
+        for n, label in enumerate(labels.tolist()):
+            x = self.resnet.normalise(images[n:n + 1], self.resnet.CIFAR10_STATS)
+            logits = model.eval()(x)[0].double()
+            losses.append(-logits.softmax(0)[label].log().item())
+            v = views[:, n]
+            for name, sums in (("test_accuracy", logits), ("test_accuracy_mirror", v[0] + v[1]),
+                               ("test_accuracy_six_views", (v[0] + v[1]) / 2 + (v[2] + v[3] + v[4] + v[5]) / 4)):
+                hits[name].append(float(sums.argmax() == label))
+            hits["abcde"[label]].append(hits["test_accuracy"][-1])
+        self.assertAlmostEqual(scores["val_loss"] / statistics.mean(losses), 1, delta=1e-5)
+        self.assertAlmostEqual(scores["val_accuracy"], statistics.mean(hits["test_accuracy"]), places=9)
+        classes = tested.pop("classes")
+        self.assertGreater(len(set(tested.values())), 1)  # the views differ
+        for name, value in (tested | classes).items():
+            self.assertAlmostEqual(value, statistics.mean(hits[name]), delta=1e-4)
+            self.assertIn(f"{value:.3f}", out.getvalue())
+
+    def test_save_logits(self):
+        """The best network's logits of all training images, in order, and of their mirrors; its test accuracy."""
+        path = self.dir / "l.npy"
+        a = self.train("a", "--ema", 0.5, "--labels", 0.5, "--save_logits", path)
+        first = np.load(path)
+        self.assertEqual((first.shape, first.dtype), ((300, 2, 10), np.float32))
+        best = torch.load(a.out / "best.pt", weights_only=True)
+        model = self.resnet.make_model(**best["model_config"])
+        model.load_state_dict(best["ema"])
+        images = torch.cat([self.draw(n, seed)[0] for n, seed in ((240, 1), (60, 2))])
+        x = self.resnet.normalise(images, self.resnet.CIFAR10_STATS)
+        test, labels = self.draw(60, 3)
+        with torch.no_grad():
+            self.close(first[:, 0], model.eval()(x), 1e-5)
+            self.close(first[:, 1], model(x.flip(3)), 1e-5)
+            right = model(self.resnet.normalise(test, self.resnet.CIFAR10_STATS)).argmax(1) == labels
+        self.assertEqual(a.rows[-1]["test_accuracy"], right.double().mean().item())
+        path.unlink()
+        b = self.train("a", "--resume", "--save_logits", path, tiny=False)  # later, from the folder
+        self.assertTrue(np.array_equal(np.load(path), first))
+        self.assertEqual(b.rows[-1]["test_accuracy_six_views"], a.rows[-1]["test_accuracy_six_views"])
+
+    # optimiser
+
+    def test_groups(self):
+        """Each parameter that is trained is in one group: decay on weights alone, its share of the rate, or none."""
+        model = self.network((self.resnet.BasicBlock, 4, 1, 1), (self.resnet.BasicBlock, 6, 1, 2))
+        names = {id(p): name for name, p in model.named_parameters()}
+        for backbone, freeze in ((1.0, False), (0.1, False), (1.0, True)):
+            c = self.config(lr=0.5, backbone_lr=backbone, freeze=freeze, weight_decay=0.01)
+            [optimizer] = self.resnet.sgd_or_muon(copy.deepcopy(model) if freeze else model, c)
+            if freeze:
+                shapes = [[tuple(p.shape) for p in g["params"]] for g in optimizer.param_groups]
+                self.assertEqual(sorted(shapes), [[(5,)], [(5, 6)]])
+                continue
+            groups = [(names[id(p)], p, g) for g in optimizer.param_groups for p in g["params"]]
+            self.assertEqual(sorted(name for name, *_ in groups), sorted(names.values()))
+            for name, p, group in groups:
+                self.assertEqual(group["weight_decay"], 0.01 if p.dim() > 1 else 0, name)
+                self.assertAlmostEqual(group["peak"], 0.5 if name.startswith("fc") else 0.5 * backbone)
+                self.assertEqual((group["momentum"], group["nesterov"]), (0.9, True))
+
+    def fast_model(self):
+        model = self.resnet.ARCHS["fast"]()
+        model.whiten_stem(self.resnet.normalise(self.draw(64, 0)[0], self.resnet.CIFAR10_STATS))
+        return model
+
+    def test_muon_groups(self):
+        """Filters of the blocks for Muon; norms' shifts, the head and the stem's bias for SGD; the rest is fixed."""
+        model = self.fast_model()
+        names = {id(p): name for name, p in model.named_parameters()}
+        muon, sgd = self.resnet.sgd_or_muon(model, self.config(arch="fast", optimizer="muon", lr=0.2))
+        groups = [[names[id(p)] for p in g["params"]] for g in muon.param_groups + sgd.param_groups]
+        fixed = [n for n in names.values() if n == "conv1.weight" or re.search(r"bn\d\.weight", n)]
+        self.assertEqual(sorted(sum(groups, fixed)), sorted(names.values()))
+        self.assertTrue(all(re.search(r"layer\d\.0\.conv\d\.weight", name) for name in groups[0]))
+        self.assertEqual((muon.param_groups[0]["peak"], muon.param_groups[0]["momentum"]), (0.2, 0.6))
+        for group, rate in zip(sgd.param_groups, (0.053, 0.67, 0.053)):  # [10], whose loss is a sum over 2,000 images
+            self.assertAlmostEqual(group["peak"], 2000 * rate)
+            self.assertAlmostEqual(group["peak"] * group["weight_decay"], 2e-6 * 2000)
+
+    def test_filter_muon(self):
+        """Against the polynomial on singular values, in fp64: filters of length 1 on average, an orthogonal step."""
+        g = torch.Generator().manual_seed(0)
+        p = nn.Parameter(torch.randn(8, 3, 3, 3, generator=g))
+        q, m = p.detach().double().clone(), torch.zeros(8, 3, 3, 3).double()
+        optimizer = self.resnet.FilterMuon([p], lr=0.3, momentum=0.6)
+        for _ in range(4):
+            p.grad = torch.randn(p.shape, generator=g)
+            m = 0.6 * m + p.grad.double()
+            x = (p.grad.double() + 0.6 * m).view(8, 27)
+            u, s, v = torch.linalg.svd(x, full_matrices=False)
+            s = s / s.square().sum().sqrt()
+            for _ in range(3):
+                s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+            q = q * 8**0.5 / q.square().sum().sqrt() - 0.3 * (u @ s.diag() @ v).view(q.shape)
+            optimizer.step()
+            self.close(p, q, 1e-4)
+
+    def step(self, c, model, images, labels, optimizers, step, ema=None):
+        """A step of training; the loss and accuracy that it returned."""
+        return self.resnet.train_step(model, model, ema, optimizers, contextlib.nullcontext(), (images, labels), c,
+                                      step, c.steps, 0, 1).tolist()
+
+    def test_step(self):
+        """A step from its equations: the batch's gradient, with smoothed targets, decay, and Nesterov's momentum."""
+        for accum in (1, 2):
+            model, images, labels = self.small(norm="layer")
+            c = self.config(grad_accum=accum, label_smoothing=0.2, weight_decay=0.01, lr=0.3)
+            slow = copy.deepcopy(model).double()
+            velocity = {k: torch.zeros_like(p) for k, p in slow.named_parameters()}
+            optimizers = self.resnet.sgd_or_muon(model, c)
+            for step in range(3):
+                returned = self.step(c, model, images, labels, optimizers, step)
+                x, y = (torch.cat(t) for t in zip(*(self.resnet.training_batch(c, images, labels, step, s, accum)
+                                                    for s in range(accum))))
+                log_p = slow(self.resnet.normalise(x, self.resnet.CIFAR10_STATS).double()).log_softmax(1)
+                loss = -(0.8 * log_p[torch.arange(len(y)), y] + 0.2 * log_p.mean(1)).mean()
+                self.assertAlmostEqual(returned[0], loss.item(), delta=1e-5)
+                self.assertAlmostEqual(returned[1], (log_p.argmax(1) == y).double().mean().item(), delta=1e-6)
+                rate = 0.3 * (step + 1) / 4  # warm-up
+                grads = torch.autograd.grad(loss, slow.parameters())
+                with torch.no_grad():
+                    for (k, p), g in zip(slow.named_parameters(), grads):
+                        g = g + 0.01 * p * (p.dim() > 1)
+                        velocity[k] = 0.9 * velocity[k] + g
+                        p -= rate * (g + 0.9 * velocity[k])
+            for (k, p), q in zip(model.named_parameters(), slow.parameters()):
+                self.close(p, q, 1e-4, k)
+
+    def test_schedules(self):
+        """The groups' rates at each step, cosine after a warm-up, or linear to 0, the stem's bias earlier."""
+        model, images, labels = self.small()
+        c = self.config(lr=0.3, warmup=3, steps=8, backbone_lr=0.5)
+        optimizers = self.resnet.sgd_or_muon(model, c)
+        for schedule, step in itertools.product(("cosine", "linear"), range(8)):
+            c.schedule = schedule
+            self.step(c, model, images, labels, optimizers, step)
+            warm = (step + 1) / 4 if step < 3 else (1 + math.cos(math.pi * (step - 3) / 5)) / 2
+            want = 0.3 * (warm if schedule == "cosine" else 1 - step / 8)
+            rates = {id(p): group["lr"] for group in optimizers[0].param_groups for p in group["params"]}
+            for name, p in model.named_parameters():
+                self.assertAlmostEqual(rates[id(p)], want if name.startswith("fc") else want / 2, msg=name)
+        model, c = self.fast_model(), self.config(arch="fast", optimizer="muon", steps=8, schedule="linear")
+        optimizers = self.resnet.sgd_or_muon(model, c)
+        for step in range(8):
+            self.step(c, model, *self.draw(40, 1), optimizers, step)
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+                share = 3 / 8 if group["params"][0] is model.conv1.bias else 1
+                self.assertAlmostEqual(group["lr"], group["peak"] * max(0, 1 - step / 8 / share))
+
+    def test_ema(self):
+        """Weights and statistics to the formula, the decay shorter at first; counters are copied."""
+        model, images, labels = self.small()
+        c, ema = self.config(ema=0.3), copy.deepcopy(model)
+        want = {k: t.double() for k, t in ema.state_dict().items()}
+        optimizers = self.resnet.sgd_or_muon(model, c)
+        for step in range(6):
+            self.step(c, model, images, labels, optimizers, step, ema)
+            decay = min(0.3, (step + 1) / (step + 10))
+            for k, t in model.state_dict().items():
+                want[k] = decay * want[k] + (1 - decay) * t.double() if t.is_floating_point() else t.double()
+        for k, t in ema.state_dict().items():
+            self.close(t, want[k], 1e-5, k)
+            if not k.endswith("tracked"):
+                self.assertFalse(torch.equal(t, model.state_dict()[k]), k)
+        self.assertEqual(ema.bn1.num_batches_tracked.item(), 6)
+
+    # runs
+
+    def test_overfits(self):
+        """64 images are learned by heart."""
+        def wider(num_classes=10, **more):
+            stages = [(self.resnet.BasicBlock, 16, 1, 2), (self.resnet.BasicBlock, 32, 1, 2)]
+            return self.resnet.ResNet(stages, num_classes, **{"shortcut": "A", **more})
+
+        with mock.patch.dict(self.resnet.ARCHS, resnet20=wider), \
+                mock.patch.object(self.resnet, "make_shapes", lambda n, seed: drawn(self.draw, 64, seed)):
+            a = self.train("a", "--steps", 60, "--eval_every", 60, "--log_every", 10, "--batch_size", 64, "--crop", 0,
+                           "--flip", "none")
+        accuracies = [row["train_accuracy"] for row in a.rows if "train_accuracy" in row]
+        self.assertLess(accuracies[0], 0.7)
+        self.assertEqual(accuracies[-1], 1.0)
+        self.assertLess(a.losses[60], 0.5)
+
+    def test_resume(self):
+        """12 steps are 6, stop, resume, 6 more: bit for bit, with all that is random or averaged."""
+        for kind in (["--ema", 0.5, "--drop_path", 0.4, "--drop_block", 0.3, "--label_smoothing", 0.1],
+                     ["--arch", "fast", "--optimizer", "muon", "--schedule", "linear", "--flip", "alternate"]):
+            with self.subTest(kind):
+                a = self.train("a", *kind)
+                b = self.train("b", *kind, "--stop_at", 6)
+                self.assertEqual((b.ckpt["step"], b.rows[-1]["step"]), (6, 6))
+                self.assertFalse(torch.equal(*(r.ckpt["model"]["fc.weight"] for r in (a, b))))
+                with open(b.out / "log.jsonl", "a") as file:  # what a killed run may have left
+                    file.write('{"step": 8, "loss": 9.0}\n{"step": 9, "lo')
+                b = self.train("b", "--resume", tiny=False)
+                self.same_run(a, b)
+                self.assertEqual(sum("final" in row for row in b.rows), 1)
+                self.same_run(a, self.train("b", "--resume", tiny=False))  # nothing is left to do
+                self.assertEqual(*({k: v for k, v in r.ckpt["config"].items() if k not in ("out", "resume")}
+                                   for r in (a, b)))
+                for run_ in (a, b):
+                    shutil.rmtree(run_.out)
+
+    def test_resume_with_flags(self):
+        """A flag given with --resume counts: the rate and the decay, which the optimizer's saved state has too."""
+        self.train("a", "--stop_at", 6)
+        b = self.train("a", "--resume", "--lr", 0.0008, "--weight_decay", 0.03, "--warmup", 0, "--log_every", 1,
+                       tiny=False)
+        [row] = [row for row in b.rows if row["step"] == 7 and "loss" in row]
+        self.assertAlmostEqual(row["lr"], 0.0004)  # step 6 of 12: half-way
+        decays = [group["weight_decay"] for group in b.ckpt["optimizer"][0]["param_groups"]]
+        self.assertEqual(sorted(decays), [0, 0, 0.03, 0.03])
+        muon = ["--arch", "fast", "--optimizer", "muon"]
+        self.train("c", *muon, "--stop_at", 6)
+        self.train("c", "--resume", "--optimizer", "muon", tiny=False)  # what the run has may be said again
+
+    def test_evaluation_changes_nothing(self):
+        runs = [self.train(f"e{every}", "--drop_path", 0.4, "--eval_every", every, "--log_every", log)
+                for every, log in ((3, 2), (12, 5))]
+        for key in ("model", "optimizer"):
+            self.same(*(run_.ckpt[key] for run_ in runs))
+        self.assertNotEqual(self.train("s", "--seed", 7).losses, self.train("t").losses)
+
+    def test_drop_path_seeds(self):
+        """On one batch, with a network as good as fixed, losses differ from step to step, and a second run's are the
+        same."""
+        batch, losses = self.resnet.training_batch, []
+        with mock.patch.object(self.resnet, "training_batch", lambda c, x, y, *_: batch(c, x, y, 0, 0, 1)):
+            for p, seed in ((0, 1), (0.6, 1), (0.6, 1)):
+                flags = ["--drop_path", p, "--seed", seed, "--lr", 1e-12, "--steps", 4, "--log_every", 1]
+                losses.append(self.train("a", *flags, "--norm", "layer").losses)
+        self.assertEqual([len({round(v, 6) for v in run_.values()}) for run_ in losses], [1, 4, 4])
+        self.assertEqual(losses[1], losses[2])
+
+    def test_best(self):
+        """best.pt is the checkpoint with the best validation accuracy; with --full_train there is none: the last."""
+        a = self.train("a", "--eval_every", 3, "--lr", 0.5, "--ema", 0.2)
+        accuracies = {row["step"]: row["val_accuracy"] for row in a.rows if "val_accuracy" in row}
+        self.assertEqual(list(accuracies), [0, 3, 6, 9, 12])
+        best = torch.load(a.out / "best.pt", weights_only=True)
+        step = max(accuracies, key=accuracies.get)
+        self.assertEqual((best["step"], best["best"]), (step, accuracies[step]))
+        model = self.resnet.make_model(**best["model_config"])
+        model.load_state_dict(best["ema"])  # the average is what counts
+        x, y = self.draw(60, 2)
+        with torch.no_grad():
+            logits = model.eval()(self.resnet.normalise(x, self.resnet.CIFAR10_STATS))
+        self.assertEqual((logits.argmax(1) == y).double().mean().item(), best["best"])
+        b = self.train("b", "--full_train")
+        self.assertFalse([row for row in b.rows if "val_accuracy" in row])
+        self.assertIn("300 images", b.text)
+        self.assertEqual(torch.load(b.out / "best.pt", weights_only=True)["step"], 12)
+
+    def test_torchrun(self):
+        """Two processes update as one does with twice the accumulation; the checkpoint's names are plain."""
+        (self.dir / "two.py").write_text("import sys\nimport tests\nwith tests.small_resnet():\n    import resnet\n"
+                                         "    sys.exit(resnet.main(sys.argv[1:]))\n")
+        flags = [*self.tiny, "--steps", 6, "--norm", "layer", "--ema", 0.5]
+        done = child("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", self.dir / "two.py", *flags,
+                     "--out", self.dir / "two", cwd=self.dir)
+        self.assertEqual(done.returncode, 0, done.stderr[-2000:])
+        one, two = self.train("one", *flags, "--grad_accum", 2), self.look(self.dir / "two")
+        for key in ("model", "ema"):
+            self.assertEqual(list(one.ckpt[key]), list(two.ckpt[key]))
+            for name, p in one.ckpt[key].items():
+                self.assertLess((p - two.ckpt[key][name]).abs().max().item(), 2e-6, name)
+        for step, loss in one.losses.items():
+            self.assertAlmostEqual(loss, two.losses[step], delta=1e-5)
+        self.assertEqual(done.stdout.count("step 6/6 | loss"), 1)  # one process speaks
+
+    def test_ctrl_c(self):
+        """Between two steps: a checkpoint, how to go on, status 130; and the run goes on bit for bit."""
+        a, batch, calls = self.train("a", "--drop_path", 0.4), self.resnet.training_batch, []
+
+        def interrupted(*args):
+            calls.append(1)
+            if len(calls) == 4:
+                signal.raise_signal(signal.SIGINT)
+            return batch(*args)
+
+        handler = signal.getsignal(signal.SIGINT)
+        with mock.patch.object(self.resnet, "training_batch", interrupted):
+            b = self.train("b", "--drop_path", 0.4, status=130)
+        self.assertIs(signal.getsignal(signal.SIGINT), handler)
+        self.assertEqual((b.ckpt["step"], len(calls)), (4, 4))
+        command = re.search(r"python resnet\.py (.*--resume.*)", b.text)[1]
+        self.assertEqual(run("resnet", *shlex.split(command))[0], 0)
+        b = self.look(b.out)
+        for key in ("model", "optimizer", "best"):
+            self.same(a.ckpt[key], b.ckpt[key], key)
+        self.assertEqual(a.val, b.val)
+
+    def test_not_finite(self):
+        """The run stops with status 1, names the step, keeps the last good checkpoint, and gives Ctrl-C back."""
+        handler = signal.getsignal(signal.SIGINT)
+        for every in (100, 1):  # with an evaluation between, too
+            out = self.dir / str(every)
+            status, text, err = run("resnet", *self.tiny, "--out", out, "--norm", "none", "--lr", 1e18, "--warmup", 0,
+                                    "--log_every", 1, "--eval_every", every)
+            self.assertEqual(status, 1, err)
+            self.assertRegex(err, r"\Aresnet\.py: [^\n]*(nan|inf)[^\n]* step 1\b[^\n]*\n\Z")
+            saved = torch.load(out / "ckpt.pt", weights_only=True)
+            self.assertEqual(saved["step"], 0)
+            self.assertLess(max(p.abs().max().item() for p in saved["model"].values()), 10)
+        self.assertIs(signal.getsignal(signal.SIGINT), handler)
+
+    def test_muon_run(self):
+        """airbench's recipe at a small size learns, and leaves the stem's filters and norms' scales as they were."""
+        a = self.train("a", "--arch", "fast", "--optimizer", "muon", "--schedule", "linear", "--steps", 30,
+                       "--eval_every", 30, "--batch_size", 48, "--flip", "alternate", "--label_smoothing", 0.2)
+        last = a.ckpt["model"]
+        filters = last["conv1.weight"]
+        self.assertTrue(torch.equal(filters[12:], -filters[:12]))
+        expected = self.resnet.ARCHS["fast"]()
+        expected.whiten_stem(self.resnet.normalise(self.draw(240, 1)[0], self.resnet.CIFAR10_STATS))
+        self.assertTrue(torch.equal(filters, expected.conv1.weight))
+        self.assertTrue(all((t == 1).all() for k, t in last.items() if re.search(r"bn\d\.weight", k)))
+        self.assertLess(a.losses[30], 0.95 * a.losses[3])
+
+    # why the shortcut works
+
+    def polylines(self, path):
+        lines = [e for e in xml.etree.ElementTree.parse(path).iter() if e.tag.endswith("polyline")]
+        return [len(e.get("points").split()) for e in lines]
+
+    def test_figure6(self):
+        """Four runs in folders of their own, two charts; one that was stopped goes on where it was."""
+        flags = [*self.tiny, "--figure6", "--steps", 4, "--eval_every", 2, "--log_every", 2, "--out", self.dir / "o"]
+        batch, calls = self.resnet.training_batch, []
+
+        def interrupted(*args):
+            calls.append(1)
+            if len(calls) == 7:  # in the second run
+                signal.raise_signal(signal.SIGINT)
+            return batch(*args)
+
+        with mock.patch.object(self.resnet, "training_batch", interrupted):
+            self.assertEqual(run("resnet", *flags)[0], 130)
+            status, out, err = run("resnet", *flags)
+        self.assertEqual((status, len(calls)), (0, 16), err)
+        for name in ("plain20", "plain56", "resnet20", "resnet56"):
+            config = self.look(self.dir / "o/figure6" / name).ckpt["config"]
+            self.assertEqual((config["arch"][-2:], config["plain"]), (name[-2:], name.startswith("plain")))
+        self.assertEqual(self.polylines(self.dir / "o/figure6_train.svg"), [2, 3, 2, 2])  # one more where it stopped
+        self.assertEqual(self.polylines(self.dir / "o/figure6_val.svg"), [3] * 4)
+
+    def test_loss_surface(self):
+        """The centre is the plain loss; each filter of a direction is as long as the model's, norms and biases stay;
+        a corner computed from the model's copies; the model is as it was."""
+        model, images, labels = self.small()
+        images, labels, c, null = images[:40], labels[:40], self.config(), contextlib.nullcontext()
+        start, evaluate, seen = copy.deepcopy(model.state_dict()), self.resnet.evaluate, []
+
+        def watched(model, *args, **more):
+            seen.append({k: p.detach().double().clone() for k, p in model.named_parameters()})
+            return evaluate(model, *args, **more)
+
+        with mock.patch.object(self.resnet, "evaluate", watched):
+            surface = self.resnet.loss_surface(model, images, labels, 3, 7, c, null)
+        self.same(dict(model.state_dict()), dict(start))
+        centre = evaluate(model, images, labels, c, null)["val_loss"]
+        self.assertAlmostEqual(surface[1, 1].item(), centre, places=5)
+        points = {(b, a): seen[3 * i + j] for i, b in enumerate((1, 0, -1)) for j, a in enumerate((-1, 0, 1))}
+        for name, p in model.named_parameters():
+            p = p.detach().double()
+            delta, eta = (points[at][name] - p for at in ((0, 1), (1, 0)))
+            if p.dim() == 1:
+                self.assertTrue((delta == 0).all() and (eta == 0).all(), name)
+                continue
+            for d in (delta, eta):
+                self.close(d.flatten(1).norm(dim=1), p.flatten(1).norm(dim=1), 1e-5, name)
+            self.assertLess(F.cosine_similarity(delta.flatten(), eta.flatten(), 0).abs(), 5 / p.numel() ** 0.5, name)
+            for (b, a), point in points.items():
+                self.close(point[name], p + a * delta + b * eta, 1e-5, name)
+        corner = copy.deepcopy(model).double().eval()
+        for name, p in corner.named_parameters():
+            p.data = points[1, 1][name]
+        log_p = corner(self.resnet.normalise(images, self.resnet.CIFAR10_STATS).double()).log_softmax(1)
+        self.assertAlmostEqual(surface[0, 2].item() / -log_p[torch.arange(40), labels].mean().item(), 1, delta=1e-4)
+        other = self.resnet.loss_surface(model, images, labels, 3, 1, c, null)
+        self.assertNotEqual(other[0, 0], surface[0, 0])
+        self.same(surface, self.resnet.loss_surface(model, images, labels, 3, 7, c, null))
+
+    def test_contours(self):
+        """Of the distance from the middle: closed circles of the levels' radii, in each panel; NaN is a high wall."""
+        t = torch.linspace(-1, 1, 41)
+        z = (t[:, None] ** 2 + t**2).sqrt()
+        broken = torch.where(z > 0.7, math.nan, z)
+        panels = {"one": z, "two": broken, "flat": torch.zeros(41, 41)}
+        self.resnet.contour_svg(self.dir / "c.svg", panels, [0.3, 0.6])
+        svg = xml.etree.ElementTree.parse(self.dir / "c.svg")
+        paths = [e.get("d") for e in svg.iter() if e.tag.endswith("path")]
+        self.assertEqual(len(paths), 6)
+        self.assertEqual(paths[4:], ["", ""])
+        boxes = [float(e.get("x")) for e in svg.iter() if e.tag.endswith("rect") and e.get("height") == "310"]
+        self.assertEqual(len(boxes), 3)
+        for n, (box, level) in enumerate(itertools.product(boxes[:2], (0.3, 0.6))):
+            points = re.findall(r"[ML]([\d.]+) ([\d.]+)", paths[n])
+            self.assertGreater(len(points), 40)
+            self.assertFalse([p for p, count in collections.Counter(points).items() if count % 2], "loose ends")
+            for x, y in points:
+                radius = math.hypot(float(x) - box - 155, float(y) - 30 - 155) / 155
+                self.assertAlmostEqual(radius, level, delta=0.005)
+        text = [e.text for e in svg.iter() if e.tag.endswith("text")]
+        self.assertEqual(text, ["one", "two", "flat", "0.3", "0.6"])
+
+    def test_landscape(self):
+        """Two checkpoints, two panels; the surfaces' middle is the loss of the first training images."""
+        a, b = self.train("a"), self.train("b", "--plain", "--steps", 2)
+        paths = [a.out / "ckpt.pt", b.out / "ckpt.pt"]
+        flags = ["--grid", 3, "--out", self.dir / "o"]
+        status, out, err = run("resnet", "--landscape", ",".join(map(str, paths)), *flags)
+        self.assertEqual((status, err), (0, ""))
+        self.assertEqual({p.name for p in (self.dir / "o").iterdir()}, {"landscape.svg", "landscape.json"})
+        surfaces = json.loads((self.dir / "o/landscape.json").read_text())
+        self.assertEqual(list(surfaces), ["a", "b"])
+        svg = xml.etree.ElementTree.parse(self.dir / "o/landscape.svg")
+        self.assertEqual(sum(e.tag.endswith("path") for e in svg.iter()), 2 * 19)
+        x, y = self.draw(240, 1)
+        for name, run_ in (("a", a), ("b", b)):
+            model = self.resnet.make_model(**run_.ckpt["model_config"])
+            model.load_state_dict(run_.ckpt["model"])
+            with torch.no_grad():
+                logits = model.eval()(self.resnet.normalise(x, self.resnet.CIFAR10_STATS))
+            self.assertAlmostEqual(surfaces[name][1][1], F.cross_entropy(logits, y).item(), places=4)
+
+    # bad input
+
+    def test_bad_flags(self):
+        for flags in """--arch resnet21, --arch=, --lr nan, --lr 0, --lr -1, --lr inf, --lr fast, --labels 0,
+                --labels 2, --labels nan, --drop_path 1, --drop_path -0.1, --drop_block 1, --drop_block nan,
+                --label_smoothing 1.1, --ema 1, --ema -1, --backbone_lr 0, --backbone_lr 1.5, --crop -1, --crop 32,
+                --crop 1.5, --image_size -1, --image_size 2000, --flip always, --norm group, --weight_init zero,
+                --optimizer adam, --schedule step, --dtype int8, --dtype float16, --device nowhere, --warmup -1,
+                --weight_decay -0.1, --weight_decay inf, --batch_size 0, --grad_accum 0, --epochs 0, --epochs -1,
+                --epochs nan, --epochs inf, --steps 0, --steps 1.5, --steps -3, --stop_at 0, --eval_every 0,
+                --log_every 0, --seed -1, --grid 0, --no_such_flag 1, --stp 5, --step 5, --steps, stray, --data=,
+                --data nowhere, --init=, --resume, --resume --init x.pt, --init nowhere.pt, --init resnet19,
+                --init nowhere/resnet18-f37072fd.pth, --optimizer muon, --optimizer muon --arch fast --freeze,
+                --optimizer muon --arch fast --norm layer, --optimizer muon --arch fast --backbone_lr 0.5,
+                --arch fast --weight_init xavier, --plain --drop_path 0.1, --batch_size 1, --image_size 15,
+                --figure6 --full_train, --figure6 --save_logits x.npy, --grid 1, --grid 4, --save_logits x.txt,
+                --save_logits x, --save_logits none/x.npy, --landscape nowhere.pt, --landscape=""".split(","):
+            self.bad(*self.tiny, *flags.split())
+        self.bad("--lr", "nan", says=("--lr", "nan"))
+        self.bad("--arch", "resnet21", says=("resnet21", "resnet20", "wrn28-10"))
+        self.bad("--resume", "--out", self.dir / "none", says="ckpt.pt")
+        (self.dir / "text.txt").write_text("hello")
+        self.bad(*self.tiny, "--out", self.dir / "text.txt", says="text.txt", status=1)
+        self.bad(*self.tiny, "--init", self.dir / "text.txt", says="text.txt")
+        self.bad("--data", self.dir / "nowhere", "--lr", "nan", says="--lr")  # flags come before data
+
+    def test_bad_checkpoints(self):
+        a = self.train("a", "--steps", 2)
+        good, saved = (a.out / "best.pt").read_bytes(), torch.load(a.out / "best.pt", weights_only=True)
+
+        def checkpoint(name, content):
+            torch.save(content, self.dir / name)
+            return self.dir / name
+
+        foreign = [checkpoint("list.pt", [1, 2]), checkpoint("tensor.pt", torch.zeros(3)),
+                   checkpoint("object.pt", Evil(self.dir / "marker"))]
+        foreign += [checkpoint(f"no_{key}.pt", {k: v for k, v in saved.items() if k != key})
+                    for key in ("model", "config", "step", "model_config")]
+        config = saved["model_config"]
+        foreign += [checkpoint("more.pt", saved | dict(model_config=config | dict(pool="cls"))),
+                    checkpoint("arch.pt", saved | dict(model_config=config | dict(arch="vgg"))),
+                    checkpoint("shape.pt", saved | dict(model=saved["model"] | {"fc.bias": torch.ones(31)})),
+                    checkpoint("names.pt", saved | dict(model={"cls_token": torch.ones(1)}))]
+        for name, content in (("cut.pt", good[:len(good) // 2]), ("noise.pt", os.urandom(5000)), ("none.pt", b""),
+                              ("pickle.pt", b"cos\nsystem\n(S'true'\ntR.")):
+            (self.dir / name).write_bytes(content)
+            foreign.append(self.dir / name)
+        for path in foreign:
+            self.bad(*self.tiny, "--init", path, says=path.name)
+        self.assertFalse((self.dir / "marker").exists())
+        self.bad("--landscape", f"{a.out / 'best.pt'},{foreign[-1]}", says=foreign[-1].name)
+        self.bad("--resume", "--out", a.out, "--ema", 0.5, says="ckpt.pt")  # it has no average to go on with
+        (a.out / "ckpt.pt").write_bytes((a.out / "ckpt.pt").read_bytes()[:-999])
+        self.bad("--resume", "--out", a.out, says="ckpt.pt")
+        self.train("b", "--arch", "fast", "--steps", 2)
+        self.bad("--resume", "--out", self.dir / "b", "--arch", "fast", "--optimizer", "muon", says="ckpt.pt")
+        for flags in ("--arch resnet56", "--norm layer", "--plain"):  # it is another network
+            self.bad("--resume", "--out", self.dir / "b", *flags.split(), says=flags.split()[0])
+            self.bad(*self.tiny, "--init", self.dir / "b/best.pt", *flags.split(), says=flags.split()[0])
+
+    def test_command_line(self):
+        """As a program: the exit status, and one line on stderr."""
+        done = child(HERE / "resnet.py", "--lr", "nan", cwd=self.dir)
+        self.assertEqual((done.returncode, done.stdout, snapshot(self.dir)), (2, "", {}))
+        self.assertRegex(done.stderr, r"\Aresnet\.py: [^\n]+\n\Z")
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # benchmarks: not part of the tests, run by name. Each prints what it measured; ratios come from runs in turn.
 
 
@@ -1879,6 +3246,102 @@ class BenchGPT2:
             lines = {name: [(row[key], row["loss"]) for row in rows if "loss" in row] for name, rows in series.items()}
             path = HERE / "assets" / f"gpt2_optimizers_{key}.svg"
             gpt2.curves_svg(path, lines, label, "training loss, nats per byte")
+
+
+class BenchResNet:
+    """python tests.py BenchResNet.NAME, where NAME is one of the methods; nothing else should run meanwhile."""
+
+    FAST = ("--data cifar10 --arch fast --optimizer muon --schedule linear --batch_size 2000 --epochs 8 --flip alternate "
+            "--crop 2 --label_smoothing 0.2 --full_train --log_every 5").split()
+
+    def keep(self, out, name):
+        """Copy a run's log to assets/logs/resnet/NAME.jsonl, behind a row that says what made it; its last row."""
+        rows = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+        config = json.loads((Path(out) / "config.json").read_text())
+        config = {key: value for key, value in config.items() if key not in ("data_dir", "out")}
+        folder = HERE / "assets" / "logs" / "resnet"
+        folder.mkdir(parents=True, exist_ok=True)
+        text = "".join(json.dumps(row) + "\n" for row in [dict(config=config, **about("resnet.py")), *rows])
+        (folder / f"{name}.jsonl").write_text(text)
+        return rows[-1]
+
+    def train(self, name, *flags):
+        resnet = importlib.import_module("resnet")
+        if resnet.main([*map(str, flags), "--out", f"out/bench/{name}"]):
+            sys.exit(f"{name} failed")
+        return self.keep(f"out/bench/{name}", name)
+
+    def fast(self, seed=0):
+        """The recipe for the most accuracy per FLOP, all 50,000 images, 8 epochs."""
+        self.train(f"fast_seed{seed}", *self.FAST, "--seed", seed)
+
+    def speed(self, rounds=7):
+        """A training step of ResNet-18 with the CIFAR stem, batch 64: resnet.py's, eager and compiled, against the same
+        network in plain fp32 eager (contiguous tensors); and the share of augmentation in it."""
+        resnet = importlib.import_module("resnet")
+        c, x, y = resnet.Config(batch_size=64), *resnet.make_shapes(1000, 0)
+        _, dtype, autocast = resnet.pick_device("cpu", "auto")
+        torch.manual_seed(0)
+        plain = resnet.resnet18(10, stem="cifar")
+        plain_opt = torch.optim.SGD(plain.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
+        images = resnet.normalise(x[:64], plain.stats).contiguous()
+
+        def plain_step():
+            F.cross_entropy(plain(images), y[:64]).backward()
+            plain_opt.step()
+            plain_opt.zero_grad()
+
+        def our_step(model, raw, optimizers, counter):
+            resnet.train_step(model, raw, None, optimizers, autocast, (x, y), c, next(counter), 10**6, 0, 1)
+
+        run = {"plain": plain_step}
+        for name in ("resnet.py", "compiled"):
+            raw = resnet.resnet18(10, stem="cifar").to(memory_format=torch.channels_last)
+            model = torch.compile(raw) if name == "compiled" else raw
+            run[name] = functools.partial(our_step, model, raw, resnet.sgd_or_muon(raw, c), itertools.count())
+        counter = itertools.count()
+        run["augment"] = lambda: resnet.normalise(resnet.training_batch(c, x, y, next(counter), 0, 1)[0], plain.stats)
+        times = in_turn(run, int(rounds))
+        for name, t in times.items():
+            print(f"{name:>10} {1e3 * statistics.median(t):8.1f} ms, plain takes {ratio(times, 'plain', name):.3f} times as "
+                  f"long ({dtype})", flush=True)
+
+    def norms(self, steps_256=60, images_2=4000):
+        """Validation accuracy of ResNet-20 on shapes with each norm at batch 256 and at batch 2, the better of two
+        learning rates (chosen on validation, n = 1)."""
+        for batch, steps, rates in ((256, int(steps_256), (0.2, 0.05)), (2, int(images_2) // 2, (0.02, 0.005))):
+            for norm in ("batch", "layer", "none"):
+                for lr in rates:
+                    name = f"norm_{norm}_batch{batch}_lr{lr:g}"
+                    flags = dict(arch="resnet20", norm=norm, batch_size=batch, steps=steps, lr=lr, log_every=10,
+                                 eval_every=steps, out=f"out/bench/{name}")
+                    status, _, err = run("resnet", *[part for k, v in flags.items() for part in (f"--{k}", v)])
+                    if status:
+                        print(f"{name}: {err.strip()}", flush=True)
+                        continue
+                    self.keep(f"out/bench/{name}", name)
+                    rows = [json.loads(line) for line in open(f"out/bench/{name}/log.jsonl")]
+                    best = max(row["val_accuracy"] for row in rows if "val_accuracy" in row)
+                    print(f"{name}: val accuracy {best:.4f}, test {rows[-1]['test_accuracy']:.4f}, "
+                          f"{rows[-1]['seconds']:.0f} s", flush=True)
+
+    def figure6(self, *flags):
+        """Plain and residual networks of 20 and 56 layers, then the landscape around the two deep ones. Flags are
+        passed on."""
+        resnet = importlib.import_module("resnet")
+        out = Path("out/bench/figure6")
+        if resnet.main(["--figure6", "--out", str(out), *flags]):
+            sys.exit("figure6 failed")
+        for path in (out / "figure6").iterdir():
+            last = self.keep(path, f"figure6_{path.name}")
+            print(path.name, {key: last[key] for key in ("test_accuracy", "seconds")})
+        deep = ",".join(str(out / "figure6" / name / "ckpt.pt") for name in ("plain56", "resnet56"))
+        data = [part for pair in zip(flags, flags[1:]) if pair[0] in ("--data", "--data_dir") for part in pair]
+        if resnet.main(["--landscape", deep, "--out", str(out), *data]):
+            sys.exit("landscape failed")
+        for name in ("figure6_train.svg", "figure6_val.svg", "landscape.svg"):
+            shutil.copy(out / name, HERE / "assets" / (name if "figure6" in name else "resnet_landscape.svg"))
+        shutil.copy(out / "landscape.json", HERE / "assets" / "logs" / "resnet" / "landscape.json")
 
 
 def about(script):

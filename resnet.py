@@ -412,7 +412,7 @@ def wrn(depth, width, num_classes=10, **more):
 
 
 def fast(num_classes=10, **more):
-    """A whitening stem and three blocks, 160,000,000 MACs: airbench94's widths, airbench96's blocks [10]."""
+    """A whitening stem and three blocks, 161 million MACs: airbench94's widths, airbench96's blocks [10]."""
     stages = [(FastBlock, 64, 1, 2), (FastBlock, 256, 1, 2), (FastBlock, 256, 1, 2)]
     return ResNet(stages, num_classes, "whiten", 24, **more)
 

@@ -3251,8 +3251,8 @@ class BenchGPT2:
 class BenchResNet:
     """python tests.py BenchResNet.NAME, where NAME is one of the methods; nothing else should run meanwhile."""
 
-    FAST = ("--data cifar10 --arch fast --optimizer muon --schedule linear --batch_size 2000 --epochs 8 --flip alternate "
-            "--crop 2 --label_smoothing 0.2 --full_train --log_every 5").split()
+    FAST = ("--data cifar10 --arch fast --optimizer muon --schedule linear --batch_size 2000 --epochs 8 "
+            "--flip alternate --crop 2 --label_smoothing 0.2 --full_train --log_every 5").split()
 
     def keep(self, out, name):
         """Copy a run's log to assets/logs/resnet/NAME.jsonl, behind a row that says what made it; its last row."""
@@ -3303,8 +3303,8 @@ class BenchResNet:
         run["augment"] = lambda: resnet.normalise(resnet.training_batch(c, x, y, next(counter), 0, 1)[0], plain.stats)
         times = in_turn(run, int(rounds))
         for name, t in times.items():
-            print(f"{name:>10} {1e3 * statistics.median(t):8.1f} ms, plain takes {ratio(times, 'plain', name):.3f} times as "
-                  f"long ({dtype})", flush=True)
+            print(f"{name:>10} {1e3 * statistics.median(t):8.1f} ms, plain takes {ratio(times, 'plain', name):.3f} times "
+                  f"as long ({dtype})", flush=True)
 
     def norms(self, steps_256=60, images_2=4000):
         """Validation accuracy of ResNet-20 on shapes with each norm at batch 256 and at batch 2, the better of two
@@ -3336,7 +3336,8 @@ class BenchResNet:
             last = self.keep(path, f"figure6_{path.name}")
             print(path.name, {key: last[key] for key in ("test_accuracy", "seconds")})
         deep = ",".join(str(out / "figure6" / name / "ckpt.pt") for name in ("plain56", "resnet56"))
-        data = [part for pair in zip(flags, flags[1:]) if pair[0] in ("--data", "--data_dir") for part in pair]
+        kept = ("--data", "--data_dir", "--grid")
+        data = [part for pair in zip(flags, flags[1:]) if pair[0] in kept for part in pair]
         if resnet.main(["--landscape", deep, "--out", str(out), *data]):
             sys.exit("landscape failed")
         for name in ("figure6_train.svg", "figure6_val.svg", "landscape.svg"):

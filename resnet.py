@@ -9,7 +9,7 @@ two or three of them, y = F(x) + x, it gets better [1]. Wide ResNet, ResNeXt and
 the block F, its width, and how many of them stand in a stage: here each is one line of settings.
 
     python resnet.py                                    # offline, ten kinds of shapes that the script draws
-    python resnet.py --data cifar10 --epochs 30         # downloads 170 MB
+    python resnet.py --data cifar10 --epochs 30 --batch_size 128        # downloads 170 MB
     python resnet.py --data cifar10 --figure6           # plain and residual, 20 and 56 layers: [1] Figure 6
     python resnet.py --data cifar10 --landscape out/resnet/figure6/plain56/ckpt.pt,out/resnet/figure6/resnet56/ckpt.pt
     python resnet.py --data cifar10 --arch fast --optimizer muon --schedule linear --batch_size 2000 --epochs 8 \\
@@ -88,10 +88,10 @@ class Config:
     weight_decay: float = 1e-4  # as in [1] §4.2, but on weights alone, not on biases and norms; muon has its own
     label_smoothing: float = 0.0  # probability that the targets spread over all classes
     ema: float = 0.0  # decay of an average of weights and batch-norm buffers that is evaluated instead; 0: none
-    batch_size: int = 128  # images per micro-batch
+    batch_size: int = 64  # images per micro-batch; [1] has 128
     grad_accum: int = 1  # micro-batches per step and process
     # run
-    epochs: float = 4  # passes over the training images
+    epochs: float = 3  # passes over the training images
     steps: int | None = None  # updates of the parameters, instead of epochs
     stop_at: int | None = None  # end at this step, the schedule unchanged
     eval_every: int | None = None  # steps between evaluations, each followed by a checkpoint; None: an epoch
@@ -570,16 +570,16 @@ CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".
 CIFAR10_STATS = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # mean and std of a channel over all pixels
 IMAGENET_STATS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # with which torchvision's weights were trained
 
-# Ten shapes of about unit size: the distance of points (u, v) to the edge, negative inside. r is their distance to the
-# centre, box that to a square.
+# Ten shapes of about unit size: the distance of points (u, v), v downwards, to the edge, negative inside. r is their
+# distance to the centre, box that to a square.
 SHAPES = dict(
     circle=lambda u, v, r, box: r - 0.9,
     square=lambda u, v, r, box: box,
-    triangle=lambda u, v, r, box: torch.maximum(0.866 * u.abs() + 0.5 * v, -v) - 0.5,
+    triangle=lambda u, v, r, box: torch.maximum(0.866 * u.abs() - 0.5 * v, v) - 0.5,
     ring=lambda u, v, r, box: (r - 0.72).abs() - 0.2,
     cross=lambda u, v, r, box: torch.maximum(torch.minimum(u.abs(), v.abs()) - 0.28, box - 0.1),
-    star=lambda u, v, r, box: r - 0.62 - 0.3 * (5 * torch.atan2(v, u)).cos(),
-    heart=lambda u, v, r, box: (u**2 + (v - 0.7 * u.abs() + 0.15) ** 2).sqrt() - 0.75,
+    star=lambda u, v, r, box: r - 0.62 - 0.33 * (5 * torch.atan2(u, -v)).cos(),
+    heart=lambda u, v, r, box: (u**2 + (v + 0.8 * u.abs() - 0.2) ** 2).sqrt() - 0.75,
     stripes=lambda u, v, r, box: torch.maximum(box, ((u * 1.8) % 1 - 0.5).abs() / 1.8 - 0.14),
     checkerboard=lambda u, v, r, box: torch.maximum(box, (u * 6.5).sin() * (v * 6.5).sin() * 0.15),
     crescent=lambda u, v, r, box: torch.maximum(r - 0.9, 0.75 - ((u - 0.45) ** 2 + v**2).sqrt()))
@@ -626,8 +626,8 @@ def make_shapes(n, seed):
 
     y = (torch.arange(n) % 10)[torch.randperm(n, generator=g)]
     rows, columns = torch.meshgrid(torch.arange(32) - 15.5, torch.arange(32) - 15.5, indexing="ij")  # (32, 32)
-    size, angle = uniform(7, 12, 1, 1), uniform(0, 2 * math.pi, 1, 1)
-    v, u = (rows - uniform(-5, 5, 1, 1)) / size, (columns - uniform(-5, 5, 1, 1)) / size  # (n, 32, 32)
+    size, angle = uniform(7, 11, 1, 1), uniform(-0.6, 0.6, 1, 1)
+    v, u = (rows - uniform(-3, 3, 1, 1)) / size, (columns - uniform(-3, 3, 1, 1)) / size  # (n, 32, 32)
     u, v = u * angle.cos() + v * angle.sin(), v * angle.cos() - u * angle.sin()
     distance = torch.empty(n, 32, 32)
     for k, shape in enumerate(SHAPES.values()):
@@ -635,14 +635,14 @@ def make_shapes(n, seed):
         distance[y == k] = shape(a, b, (a**2 + b**2).sqrt(), torch.maximum(a.abs(), b.abs()) - 0.85)
     alpha = (0.5 - distance * size).clamp(0, 1)[:, None]  # (n, 1, 32, 32), edges one pixel soft
     ink, paper = uniform(0, 1, 3, 1, 1), uniform(0, 1, 3, 1, 1)
-    paper = torch.where((ink - paper).abs().amax(dim=1, keepdim=True) < 0.4, (ink + 0.5) % 1, paper)  # never the same
+    paper = torch.where((ink - paper).abs().amax(dim=1, keepdim=True) < 0.5, (ink + 0.5) % 1, paper)  # never the same
     shade = uniform(-0.012, 0.012, 1, 1, 1) * rows + uniform(-0.012, 0.012, 1, 1, 1) * columns
     x = paper + (ink - paper) * alpha + shade  # (n, 3, 32, 32)
     for _ in range(3):  # clutter: small discs
         dy, dx, radius = rows - uniform(-16, 16, 1, 1), columns - uniform(-16, 16, 1, 1), uniform(0.8, 2.2, 1, 1)
         disc = (radius + 0.5 - (dy**2 + dx**2).sqrt()).clamp(0, 1)[:, None]
         x = x + (uniform(0, 1, 3, 1, 1) - x) * disc
-    x = x + 0.06 * torch.randn(n, 3, 32, 32, generator=g)
+    x = x + 0.05 * torch.randn(n, 3, 32, 32, generator=g)
     return (x * 255).round().clamp(0, 255).to(torch.uint8), y
 
 

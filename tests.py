@@ -28,7 +28,9 @@ import itertools
 import json
 import math
 import os
+import pty
 import re
+import select
 import shlex
 import shutil
 import signal
@@ -258,7 +260,8 @@ class TestHouse(Case):
                             path.write_text(TEXT * 10)
                         if path.suffix == ".jsonl" and not path.exists():
                             path.write_text('{"instruction": "Say a.", "input": "", "output": "a"}\n' * 20)
-                    short = ["--steps", 2, *SHORT.get(script[:-3], ())]
+                    trains = script != "puzzles.py" or flags[:1] == ["train"]
+                    short = ["--steps", 2, *SHORT.get(script[:-3], ())] if trains else []
                     status, _, err = run(script[:-3], *flags, *short)
                     self.assertEqual(status, 0, err)
                     done.append(script)
@@ -3046,6 +3049,720 @@ class TestResNet(Case):
         done = child(HERE / "resnet.py", "--lr", "nan", cwd=self.dir)
         self.assertEqual((done.returncode, done.stdout, snapshot(self.dir)), (2, "", {}))
         self.assertRegex(done.stderr, r"\Aresnet\.py: [^\n]+\n\Z")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# puzzles.py
+
+
+class TestPuzzles(Case):
+    @classmethod
+    def setUpClass(cls):
+        import puzzles
+        cls.puzzles, cls.threads = puzzles, torch.get_num_threads()
+        cls.all = puzzles.PUZZLES
+        torch.set_num_threads(1)
+
+    @classmethod
+    def tearDownClass(cls):
+        torch.set_num_threads(cls.threads)
+
+    # helpers
+
+    def answer(self, **lines):
+        """Write my_puzzles.py with these answers, each the text behind return."""
+        text = "".join(f"def {name}({', '.join(self.all[name].params)}):\n    return {line}\n"
+                       for name, line in lines.items())
+        (self.dir / "my_puzzles.py").write_text(text, encoding="utf-8")
+
+    def do(self, *argv, status=0):
+        """(stdout, stderr) of a command in the test's folder."""
+        with folder(self.dir):
+            got, out, err = run("puzzles", *argv)
+        self.assertEqual(got, status, f"{argv}: {out[-500:]} {err}")
+        if status == 2:
+            self.assertRegex(err, r"\Apuzzles\.py: [^\n]+\n\Z")
+        return out, err
+
+    def judged(self, **lines):
+        self.answer(**lines)
+        with folder(self.dir):
+            return self.puzzles.judge(self.puzzles.read_answers())
+
+    def refused(self, name, line, says):
+        found = self.judged(**{name: line})[name]
+        self.assertIn(says, found.get("rule", found.get("error")), line)
+
+    def args(self, name, sizes, draw=3):
+        return self.puzzles.draw_inputs(self.all[name], sizes, draw)
+
+    # the puzzles
+
+    def test_signatures(self):
+        """The contract's 21 names, in their order and with their arguments."""
+        wanted = """ones(i) sum(a) outer(a, b) diag(a) eye(j) triu(j) cumsum(a) diff(a, i) vstack(a, b) roll(a, i)
+            flip(a, i) compress(g, v, i) pad_to(a, i, j) sequence_mask(values, length) bincount(a, j)
+            scatter_add(values, link, j) flatten(a, i, j) linspace(i, j, n) heaviside(a, b) repeat(a, d)
+            bucketize(v, boundaries)"""
+        got = [f"{p.name}({', '.join(p.params)})" for p in self.all.values() if p.family == 1]
+        self.assertEqual(" ".join(got), " ".join(wanted.split()))
+        for p in self.all.values():
+            self.assertIs(getattr(self.puzzles, p.name), p.solve)
+            self.assertEqual(list(inspect.signature(p.solve).parameters), list(p.params))
+            self.assertTrue(p.solve.__doc__)
+            self.assertEqual(len(p.hints), 3)
+            self.assertLess(len(p.solution), 80)
+            self.assertNotIn("\n", p.solution)
+
+    def test_known_values(self):
+        """By hand, apart from the specs."""
+        p, t = self.puzzles, torch.tensor
+        for got, want in (
+                (p.ones(3), [1, 1, 1]), (p.sum(t([1, 2, 3])), [6]),
+                (p.outer(t([1, 2]), t([3, 4, 5])), [[3, 4, 5], [6, 8, 10]]),
+                (p.diag(t([[1, 2], [3, 4]])), [1, 4]), (p.triu(2), [[1, 1], [0, 1]]),
+                (p.cumsum(t([1, 2, 4])), [1, 3, 7]),
+                (p.diff(t([1, 4, 9]), 3), [1, 3, 5]), (p.vstack(t([1, 2]), t([3, 4])), [[1, 2], [3, 4]]),
+                (p.roll(t([1, 2, 3]), 3), [2, 3, 1]), (p.flip(t([1, 2, 3]), 3), [3, 2, 1]),
+                (p.compress(t([False, True, True]), t([5, 6, 7]), 3), [6, 7, 0]),
+                (p.pad_to(t([1, 2]), 2, 4), [1, 2, 0, 0]), (p.pad_to(t([1, 2, 3]), 3, 2), [1, 2]),
+                (p.sequence_mask(t([[1, 2, 3], [4, 5, 6]]), t([1, 3])), [[1, 0, 0], [4, 5, 6]]),
+                (p.bincount(t([0, 2, 2]), 4), [1, 0, 2, 0]), (p.scatter_add(t([5, 6, 7]), t([1, 0, 1]), 2), [6, 12]),
+                (p.flatten(t([[1, 2, 3], [4, 5, 6]]), 2, 3), [1, 2, 3, 4, 5, 6]),
+                (p.linspace(t([0]), t([1]), 5), [0, 0.25, 0.5, 0.75, 1]), (p.linspace(t([3]), t([9]), 1), [3.0]),
+                (p.heaviside(t([-2, 0, 3]), t([7, 8, 9])), [0, 8, 1]), (p.repeat(t([1, 2]), 2), [[1, 2], [1, 2]]),
+                (p.bucketize(t([0, 3, 9]), t([1, 3, 5])), [0, 2, 3]), (p.eye(2), [[1, 0], [0, 1]]),
+                (p.causal_mask(2, 3), [[True, True, False], [True, True, True]]),
+                (p.window_mask(3, 2), [[True, False, False], [True, True, False], [False, True, True]]),
+                (p.patchify(p.grid(2, 4), 1, 2, 2), [[0, 1, 4, 5], [2, 3, 6, 7]]),
+                (p.ids_restore(t([2, 0, 1])), [1, 2, 0]), (p.positives(2), [2, 3, 0, 1])):
+            self.same(got, t(want))
+
+    def test_indexing(self):
+        """Family two against reshape, transpose and friends, which the puzzles may not use."""
+        p, g = self.puzzles, torch.Generator().manual_seed(0)
+        x = torch.randn(2, 5, 12, generator=g)
+        self.same(p.split_heads(x, 3, 4), x.view(2, 5, 3, 4).transpose(1, 2).contiguous())
+        self.same(p.merge_heads(p.split_heads(x, 3, 4), 3, 4), x)
+        k = torch.randn(2, 5, 4, generator=g)
+        self.same(p.expand_kv(k, 6), k.repeat_interleave(3, 0))
+        image = torch.randn(6, 8, generator=g)
+        patches = p.patchify(image, 3, 4, 2)
+        self.same(patches, image.view(3, 2, 4, 2).transpose(1, 2).reshape(12, 4))
+        self.same(p.unpatchify(patches, 3, 4, 2), image)
+        ids = torch.randperm(9, generator=g)
+        self.same(p.ids_restore(ids), ids.argsort())
+        self.same(p.causal_mask(3, 5), torch.ones(3, 5).tril(2).bool())
+        angle = torch.arange(5.0)[:, None] * 100 ** (-torch.arange(6.0) / 6)
+        z = torch.complex(x[0, :, :6], x[0, :, 6:]) * torch.polar(torch.ones(5, 6), angle)
+        turned = p.rope(x[0], angle.cos().repeat(1, 2), angle.sin().repeat(1, 2), 12)
+        self.close(turned, torch.cat((z.real, z.imag), 1), 1e-6)
+
+    def test_backward(self):
+        """Family three against autograd through torch's own functions, on sizes that the checker doesn't have."""
+        p, g = self.puzzles, torch.Generator().manual_seed(1)
+
+        def random(*shape):
+            return torch.randn(*shape, generator=g, dtype=torch.double)
+
+        def same(got, f, *inputs):
+            inputs = [x.detach().requires_grad_() for x in inputs]
+            for a, b in zip(got, torch.autograd.grad(f(*inputs), inputs, d), strict=True):
+                self.close(a, b, 1e-9)
+
+        x, w, b, d = random(7, 11), random(11, 5), random(5), random(7, 5)
+        same(p.linear_backward(d, x, w), lambda x, w, b: x @ w + b, x, w, b)
+        same(p.add_backward(d), lambda y, b: y + b, random(7, 5), b)
+        d, gain, bias, y = random(7, 11), random(11), random(11), torch.randint(11, (7,), generator=g)
+        same([p.relu_backward(d, x)], F.relu, x)
+        same([p.gelu_backward(d, x)], F.gelu, x)
+        same([p.softmax_backward(d, p.softmax(x))], lambda x: x.softmax(1), x)
+        same(p.layernorm_backward(d, x, gain), lambda x, g, b: F.layer_norm(x, (11,), g, b), x, gain, bias)
+        same(p.rmsnorm_backward(d, x, gain), lambda x, g: x / (x.square().mean(1, True) + 1e-5).sqrt() * g, x, gain)
+        d = random(7, 1)
+        same([p.logsumexp_backward(d, x)], lambda x: x.logsumexp(1, keepdim=True), x)
+        d = random(1)
+        same([p.cross_entropy_backward(d, x, y)], lambda x: F.cross_entropy(x, y)[None], x)
+        d = random(9)
+        same(p.conv1d_backward(d, random_x := random(12), random_w := random(4), 12, 4),
+             lambda x, w: (x.unfold(0, 4, 1) * w).sum(1), random_x, random_w)
+        d, ids = random(6, 3), torch.tensor([4, 0, 4, 4, 1, 0])
+        same([p.embedding_backward(d, ids, 5)], lambda table: F.embedding(ids, table), random(5, 3))
+        q, k, v, d = random(6, 4), random(9, 4), random(9, 3), random(6, 3)
+        same(p.attention_backward(d, q, k, v, (q @ k.mT / 2).softmax(1)),
+             lambda q, k, v: F.scaled_dot_product_attention(q[None], k[None], v[None])[0], q, k, v)
+
+    def test_online_softmax(self):
+        """Block by block it gives attention, with scores near 1000 too."""
+        g = torch.Generator().manual_seed(2)
+        s, v = torch.randn(5, 12, generator=g, dtype=torch.double) * 300, torch.randn(12, 4, generator=g).double()
+        v1 = torch.cat((v, torch.ones(12, 1).double()), 1)  # the last column adds up what softmax divides by
+        m, o = torch.full((5, 1), -1e9).double(), torch.zeros(5, 5).double()
+        for i in range(0, 12, 3):
+            m, o = self.puzzles.online_softmax(m, o, s[:, i:i + 3], v1[i:i + 3])
+        self.close(o[:, :4] / o[:, 4:], s.softmax(1) @ v, 1e-12)
+
+    def test_selftest(self):
+        """All solutions keep the rules and pass at least 500 cases each, in under 20 seconds."""
+        started = time.perf_counter()
+        out, _ = self.do("selftest")
+        self.assertLess(time.perf_counter() - started, 20)
+        n = len(self.all)
+        self.assertRegex(out, rf"\A{n} of {n} right, \d+ cases, [\d.]+ s\n\Z")
+        for p in self.all.values():
+            self.assertGreaterEqual(len(self.puzzles.cases(p)), 500)
+
+    def test_selftest_fails(self):
+        """A wrong solution of ours is named, with status 1."""
+        p = self.all["roll"]
+        with mock.patch.object(p, "solution", "a[(arange(i) + 2) % i]"), \
+                mock.patch.object(self.puzzles, "cases", lambda p, all=self.puzzles.cases: all(p)[:99]):
+            out, _ = self.do("selftest", status=1)
+        self.assertRegex(out, r"(?m)^✗ 10\. roll: ")
+
+    # the checker
+
+    def test_mutants(self):
+        """Of every puzzle: transposed, shifted, off by one, of another dtype, constant, right for squares only, right
+        at the example's sizes only. None passes."""
+        puzzles = self.puzzles
+
+        def sizes(args):
+            return [n for a in args for n in (a.shape if isinstance(a, torch.Tensor) else [a])]
+
+        def changed(change):
+            def mutant(*args):
+                outputs = puzzles.outputs_of(p.solve, args)
+                return tuple(change(t, args) for t in outputs) if len(outputs) > 1 else change(outputs[0], args)
+            return mutant
+
+        def off(t):
+            return ~t if t.dtype == torch.bool else t + 1
+
+        mutants = dict(
+            transposed=lambda t, args: t.mT if t.dim() > 1 else t[:, None],
+            shifted=lambda t, args: t.flatten().roll(1).reshape(t.shape),
+            off_by_one=lambda t, args: off(t),
+            cut=lambda t, args: t[..., 1:],
+            dtype=lambda t, args: t.float() if t.dtype != torch.float32 else t.double(),
+            constant=lambda t, args: t * 0,
+            square=lambda t, args: t if len({*sizes(args)}) == 1 else off(t),
+            example=lambda t, args: t if sizes(args) == at else off(t))
+        for p in self.all.values():
+            at = sizes(puzzles.draw_inputs(p, *puzzles.example(p)))
+            for name, change in mutants.items():
+                if (name == "square" and len(puzzles.parse_inputs(p)[1]) == 1  # nothing else there is
+                        or name == "shifted" and p.name in ("ones", "sum", "cross_entropy")  # all the same, or alone
+                        or name == "transposed" and p.name == "eye"):
+                    continue
+                with self.subTest(puzzle=p.name, mutant=name):
+                    found = puzzles.examine(p, changed(change))
+                    self.assertTrue(found and "error" not in found, found)
+
+    MUTANTS = dict(  # as a learner might write them: allowed, and wrong
+        sum="a @ a", outer="a * b[:, None]", diag="a[0]", triu="where(arange(j)[:, None] < arange(j), 1, 0)",
+        cumsum="triu(a.shape[0]) @ a", diff="a - a[arange(i) - 1]", roll="a[(arange(i) - 1) % i]",
+            flip="a[i - arange(i) - 2]",
+        compress="where(g, v, 0)", pad_to="a[arange(j) % i]", bincount="where(arange(j) == a[0], 1, 0)",
+        sequence_mask="where(arange(values.shape[1]) <= length[:, None], values, 0)",
+        scatter_add="where(arange(j) == link[:, None], values[:, None], 0)[0]",
+            flatten="a[arange(i * j) // i, arange(i * j) % i]",
+        linspace="i + (j - i) * arange(n) / n", heaviside="where(a >= 0, 1, 0)", repeat="a * ones(d)",
+        bucketize="1 * (v[:, None] > boundaries) @ ones(boundaries.shape[0])", eye="1 - ~where(arange(j) == 0, 1, 0)",
+        causal_mask="arange(j) <= arange(i)[:, None]",
+            window_mask="causal_mask(i, i) & (arange(i) >= arange(i)[:, None] - w)",
+        embedding="table[ids[0]]", grid="arange(h)[:, None] * h + arange(w)",
+            upsample="a[arange(a.shape[0] * P) // P]",
+        patchify="flatten(tiles(x, h, w, P), h, w)[:, arange(P * P) % P, arange(P * P) // P]",
+        split_heads="x[:, arange(x.shape[1])[:, None], grid(D, H).mT[:, None]]",
+            expand_kv="k[arange(H) % k.shape[0]]",
+        ids_restore="ids[ids]", positives="arange(2 * n)", rotate_half="x[:, (arange(D) + D // 2) % D]",
+        rope="x * cos - rotate_half(x, D) * sin", rowsum="x",
+        linear_backward="d @ w.mT, d.mT @ x, colsum(d)", add_backward="d, d", relu_backward="where(d > 0, d, 0)",
+        gelu="x * (1 + erf(x)) / 2", gelu_backward="d * (1 + erf(x / 2 ** 0.5)) / 2", logsumexp="log(rowsum(exp(x)))",
+        softmax="exp(x) / rowsum(exp(x))", softmax_backward="y * d",
+            cross_entropy_backward="d * (softmax(x) - eye(x.shape[1])[y])",
+        unit="x / (rowmean(x * x)) ** 0.5", unit_backward="d / (rowmean(x * x) + 1e-5) ** 0.5",
+        rmsnorm_backward="unit_backward(d, x), colsum(d * unit(x))", layernorm="unit(x) * g + b",
+        layernorm_backward="unit_backward(d * g, centre(x)), colsum(d * unit(centre(x))), colsum(d)",
+        embedding_backward="(0 * d[:, :1] + eye(V)[ids]).mT @ (0 * d + 1)",
+            conv1d_backward="conv1d(x, d), conv1d(x, d)",
+        scores_backward="d @ k, d.mT @ q", attention_backward="*scores_backward(d @ v.mT, q, k), p.mT @ d",
+        newmax="rowmax(s)", online_softmax="newmax(m, s), o + exp(s - newmax(m, s)) @ v")
+
+    def test_wrong_answers(self):
+        """Typical mistakes, in a child: each is wrong, and no other than the right ones passes."""
+        found = self.judged(**{**self.MUTANTS, "ones": "arange(i) * 0 + 1", "relu_backward": "d * (x > 0)"})
+        self.assertEqual([name for name, fault in found.items() if fault is None], ["relu_backward", "ones"])
+        for name, fault in found.items():
+            if fault and name != "split_heads":  # .mT is for later puzzles
+                self.assertIn("case", fault, name)
+        self.assertIn(".mT is not allowed", found["split_heads"]["rule"])
+        self.assertEqual({self.all[name].family for name in found}, {1, 2, 3})
+
+    def test_other_answers(self):
+        """Right answers need not be ours."""
+        found = self.judged(
+            eye="1 * (arange(j)[:, None] == arange(j))",
+                vstack="a * (1 - arange(2))[:, None] + b * arange(2)[:, None]",
+            rowsum="x @ where(x[0] == x[0], 1.0, 0.0)[:, None]",
+                embedding_backward="where(arange(V)[:, None] == ids, 1.0, 0.0) @ d",
+            repeat="a[None] * ones(d)[:, None]", causal_mask="~(arange(j) > arange(i)[:, None] + (j - i))",
+            flip="a[-1 - arange(i)]", pad_to="where(arange(j) < i, a[where(arange(j) < i, arange(j), 0)], 0)")
+        self.assertEqual({name: fault for name, fault in found.items() if fault}, {})
+
+    def test_order_of_complaints(self):
+        """Type before shape before dtype before values; the first failure is the smallest case that shows it."""
+        for line, says, sizes in (("j", "type", [1]), ("arange(j)", "shape", [1]),
+            ("1.0 * arange(j)[:, None] * arange(j)",
+                                  "dtype", [1]), ("arange(j)[:, None] * arange(j)", "value", [1]),
+                                  ("where(arange(j)[:, None] <= arange(j), 1, 0)", "value", [2])):
+            found = self.judged(eye=line)["eye"]
+            self.assertEqual(found["what"], says)
+            self.assertEqual([*self.puzzles.cases(self.all["eye"])[found["case"]][0].values()], sizes)
+        found = self.judged(flatten="a[arange(i * j) // i, arange(i * j) % i]")["flatten"]  # right for squares
+        self.assertEqual(self.puzzles.cases(self.all["flatten"])[found["case"]][0], dict(i=1, j=2))
+        found = self.judged(sequence_mask="where(arange(values.shape[1]) < length[:, None] * 0, values, 0)")
+        self.assertLess(found["sequence_mask"]["case"], 16)
+
+    def test_same_cases(self):
+        """Another process draws the same cases."""
+        code = ("import puzzles; print([puzzles.draw_inputs(p, *c) for p in puzzles.PUZZLES.values() "
+                "for c in puzzles.cases(p)[::99]])")
+        done = child("-c", code)
+        here = [self.puzzles.draw_inputs(p, *c) for p in self.all.values() for c in self.puzzles.cases(p)[::99]]
+        self.assertEqual(done.stdout, f"{here}\n", done.stderr)
+
+    def test_what_it_looks_like(self):
+        for name, line, says in (
+                ("outer", "a * b[:, None]", "transposed"), ("eye", "~where(arange(j)[:, None] == arange(j), 1, 0)",
+                "integer ~"),
+                ("sum", "(ones(a.shape[0]) @ a[:, None])[0]", "axis"),
+                ("roll", "a[(arange(i) - 0) % i]", "off by one"),
+                ("triu", "arange(j)[:, None] <= arange(j)", "comparison"),
+                ("ones", "arange(i + 1) * 0 + 1", "length is off by one"),
+                ("grid", "arange(h)[:, None] * w + arange(w) + 1", "off by one"),
+                ("centre", "2 * (x - rowmean(x))", "a factor of 2"),
+                ("linspace", "i + (j - i) * arange(n) // (n - 1 + (n == 1))", "integers"),
+                ("positives", "0 * arange(2 * n)", "same"),
+                ("causal_mask", "1 * (arange(j) <= arange(i)[:, None] + j - i)", "comparison itself"),
+                ("softmax", "exp(x) / rowsum(exp(x))", "not a number"),
+                ("triu", "where(arange(j)[:, None] >= arange(j), 1, 0)", "transposed")):
+            with self.subTest(name=name, line=line):
+                self.answer(**{name: line})
+                out, _ = self.do("check", name, status=1)
+                self.assertIn(says, out.split("looks like this")[-1])
+
+    def test_report(self):
+        """Inputs, wanted, got and the wrong cells, each with its shape; no colour in a pipe."""
+        self.answer(cumsum="a + 0 * triu(a.shape[0])[0]")
+        out, _ = self.do("check", "cumsum", status=1)
+        case = re.search(r"case (\d+) of 500", out)
+        p = self.all["cumsum"]
+        a, = self.puzzles.draw_inputs(p, *self.puzzles.cases(p)[int(case[1]) - 1])
+        blocks = re.findall(r"(\w+): int64 \((\d+),\)\n +(.*)\n", out)
+        self.assertEqual([name for name, _, _ in blocks], ["a", "wanted", "got"])
+        for (_, n, cells), want in zip(blocks, (a, a.cumsum(0), a)):
+            self.assertEqual((int(n), [int(x) for x in cells.split()]), (len(want), want.tolist()))
+        grid = re.search(r"wrong cells:\n +([X. ]+)\n", out)[1]
+        self.assertEqual([x == "X" for x in grid.split()], (a.cumsum(0) != a).tolist())
+        self.assertNotIn("\033", out)
+        self.answer(tiles="x[grid(h, P)[:, None, :, None], grid(w, P)[:, None]] * (P < 2)", merge_heads="x[0]",
+            rope="1 + x")
+        out, _ = self.do("check", status=1)
+        self.assertIn("wanted: float64", out)
+        self.assertIn(f"0 right, {len(self.all) - 3} not answered yet", out)
+        self.answer(linear_backward="d @ w.mT, x.mT @ d", conv1d="x[w]", unit="x[arange(0)]")
+        self.assertIn("got 2 outputs", self.do("check", "linear_backward", status=1)[0])
+        self.assertIn("can't be computed", self.do("check", "conv1d", status=1)[0])
+        self.assertIn("shape (0, 1)", self.do("check", "unit", status=1)[0])
+
+    # the rules
+
+    def test_cheats(self):
+        """What the rules don't allow is named with its line and column, and never run."""
+        for name, line, column, says in (
+                ("ones", "torch.ones(i)", 1, "torch.ones"), ("ones", "where.__globals__", 1, "__globals__"),
+                ("ones", "arange(i).__class__", 1, "__class__"), ("ones", "getattr(arange(i), 'T')", 1, "getattr"),
+                ("ones", "f'{i}'", 1, "JoinedStr"), ("ones", "'a' * i", 1, "'a'"),
+                ("ones", "arange(i) + b'a'", 13, "a"),
+                ("ones", "(lambda: i)()", 1, "called"), ("ones", "[1 for k in arange(i)]", 1, "ListComp"),
+                ("ones", "[1] * i", 1, "List"), ("ones", "{1: 2}", 1, "Dict"),
+                ("ones", "arange(i) if i else i", 1, "IfExp"),
+                ("ones", "i and i", 1, "BoolOp"), ("ones", "not i", 1, "Not"), ("ones", "(k := i)", 2, "NamedExpr"),
+                ("ones", "arange(i) + 0 * len(arange(i))", 17, "len"),
+                ("ones", "__import__('os').system('true')", 1, "called"),
+                ("ones", "open", 1, "open"), ("ones", "__builtins__", 1, "__builtins__"),
+                ("ones", "arange(i).sum()", 1, "called"),
+                ("ones", "arange(n=i)", 8, "keyword"), ("ones", "where(*arange(i), **i)", 19, "keyword"),
+                ("ones", "i(i)", 1, "called"),
+                ("ones", "arange(i) > 0 > 1", 1, "one comparison"), ("ones", "i in arange(i)", 1, "In"),
+                ("ones", "i is i", 1, "Is"), ("ones", "eye(i)[0]", 1, "comes later"),
+                ("ones", "ones(i)", 1, "comes later"),
+                ("diag", "a.T", 1, ".T"), ("diag", "a.mT", 1, ".mT"), ("diag", "a.data", 1, ".data"),
+                ("diag", "a.__class__", 1, "__class__"),
+                ("sum", "exp(a)", 1, "exp"), ("rowsum", "x.sum(1)", 1, "called"),
+                ("rowsum", "x.grad_fn", 1, "grad_fn"),
+                ("ones", "1j * i", 1, "1j"), ("ones", "arange(i) << 1", 1, "LShift"), ("ones", "await_", 1, "await_"),
+                ("ones", "-" * 60 + "i", 41, "nested"), ("ones", "(" * 90 + "i" + ",)" * 90, 42, "nested"),
+                ("sum", "ones(a.shape[0]) @ a[:, None] + 0 * tørch", 37, "tørch"), ("sum", "'é' + tørch", 1, "'é'")):
+            with self.subTest(line=line):
+                with mock.patch.object(self.puzzles, "examine", side_effect=AssertionError("it was run")):
+                    found = self.judged(**{name: line})[name]
+                self.assertIn(says, found["rule"])
+                self.assertEqual(re.match(r"line 2, column (\d+): ", found["rule"])[1], str(column + 11))
+        out, _ = self.do("check", "sum", status=1)
+        self.assertRegex(out, r"\A✗ 2\. sum: line 2, column 12: [^\n]+\n\Z")
+
+    def test_no_builtins(self):
+        """Should the rules have a hole, a line still finds no builtins."""
+        function = self.all["ones"].function("print(i)")
+        self.assertRaises(NameError, function, 1)
+        self.assertEqual(function.__globals__["__builtins__"], {})
+        self.assertNotIn("torch", function.__globals__)
+
+    def test_form(self):
+        """One line, return and an expression, under the puzzle's own signature."""
+        for text, says in (("def ones(i):\n    i = 2\n    return i\n", "one line"),
+            ("def ones(n):\n    return n\n", "def ones(i)"),
+                           ("def ones(i, j=1):\n    return i\n", "def ones(i)"),
+                           ("def ones(*i):\n    return i\n", "def ones(i)"),
+                           ("@ones\ndef ones(i):\n    return i\n", "def ones(i)"),
+                           ("def ones(i):\n    return\n", "one line"),
+                           ("def ones(i):\n    pass\n", "one line"), ("def ones(i):\n    yield i\n", "one line")):
+            with self.subTest(text=text):
+                (self.dir / "my_puzzles.py").write_text(text)
+                with folder(self.dir):
+                    line, fault = self.puzzles.read_answers()["ones"]
+                self.assertIsNone(line)
+                self.assertIn(says, fault)
+
+    def test_limits(self):
+        """What eats time or memory is stopped by the system, soon, and the answers behind it are judged."""
+        started = time.perf_counter()
+        with mock.patch.object(self.puzzles, "SECONDS", 1), mock.patch.object(self.puzzles, "MEMORY", 300):
+            found = self.judged(ones="arange(10 ** 12) * 0 + 1", sum="arange(10 ** 8)", outer="10 ** 10 ** 9 % 7",
+                                diag="arange(10 ** 7)[:, None] + arange(10 ** 7)", eye="2 ** 10 ** 9",
+                                    roll="a[(arange(i) + 1) % i]",
+                                flip="a[:: 10 ** 30]", cumsum="arange(-a.shape[0])")
+        self.assertLess(time.perf_counter() - started, 30)
+        for name in ("ones", "sum", "diag"):
+            self.assertEqual(found[name]["error"], "it asks for more than 300 MB of memory")
+        self.assertRegex(found["outer"]["error"], "^stopped: over 1 seconds")
+        self.assertTrue(found["eye"].get("error") or found["eye"]["what"] == "type")
+        self.assertTrue(found["flip"]["error"] and found["cumsum"]["error"])
+        self.assertIsNone(found["roll"])
+        self.assertLess(self.puzzles.resource.getrusage(self.puzzles.resource.RUSAGE_CHILDREN).ru_maxrss,
+                        self.puzzles.resource.getrusage(self.puzzles.resource.RUSAGE_SELF).ru_maxrss + 400 * 2**10)
+        self.assertEqual(torch.get_default_dtype(), torch.float32)
+        out, _ = self.do("check", "ones", status=1)
+        self.assertRegex(out, r"can't be computed: it asks for more than 512 MB of memory\ni = 1\n")
+
+    def test_no_cascade(self):
+        """Earlier puzzles in a line are ours: a wrong one costs only itself."""
+        found = self.judged(ones="arange(i)", sum="ones(a.shape[0]) @ a[:, None]", triu="eye(j)",
+            cumsum="a @ triu(a.shape[0])")
+        self.assertEqual([name for name in found if found[name]], ["ones", "triu"])
+
+    def test_broken_answers(self):
+        """A my_puzzles.py that can't be read gets one line, status 2, and is left alone."""
+        good = b"def ones(i):\n    return arange(i) * 0 + 1\n"
+        for content, says in ((b"", "empty"), (b"# nothing\n", "empty"), (b"\xff\xfe" + good, "utf-8"),
+            (good + b"def sum(a:\n", "line 3"),
+                              (good + b"def summ(a):\n    return a\n", "line 3"), (good + b"print(1)\n", "line 3"),
+                              (good + b"def sum(a):\n    return " + b"(" * 10**7 + b"\n", "megabyte"),
+                              (good + b"def sum(a):\n    return " + b"(" * 10**4 + b"\n", "line 4"),
+                              (good + b"\0", "null"),
+                              (b"def sum(a):\n    return " + b"(" * 250 + b"a" + b")" * 90, "parentheses"),
+                              (b"def sum(a):\n    return (\n" + b"-\n" * 200000 + b"a)\n", "my_puzzles.py"),
+                              (b"import os\n", "line 1"), (b"  def ones(i): return i", "indent")):
+            with self.subTest(content=content[:60]):
+                (self.dir / "my_puzzles.py").write_bytes(content)
+                started = time.perf_counter()
+                for command in ([], ["check"], ["check", "ones"], ["train", "--mine", "--out", "run"]):
+                    _, err = self.do(*command, status=2)
+                    self.assertIn(says, err)
+                self.assertLess(time.perf_counter() - started, 8)
+                self.assertEqual(self.do("start", status=2)[1].count("left alone"), 1)
+                self.assertEqual(snapshot(self.dir), {"my_puzzles.py": content})
+        (self.dir / "my_puzzles.py").unlink()
+        self.assertIn("start", self.do("check", status=2)[1])
+        (self.dir / "my_puzzles.py").mkdir()
+        self.do("check", status=2)
+
+    # the flow
+
+    def test_flow(self):
+        """start, show, hint, reveal, check and the board, with the exit status that tells."""
+        n = len(self.all)
+        self.assertIn("Begin: python puzzles.py start", self.do()[0])
+        self.assertEqual(snapshot(self.dir), {})
+        self.do("start")
+        stubs = (self.dir / "my_puzzles.py").read_text()
+        self.assertEqual([node.name for node in ast.parse(stubs).body], list(self.all))
+        self.assertEqual(stubs.count("    return ...\n"), n)
+        self.do("start", status=2)
+        self.assertEqual((self.dir / "my_puzzles.py").read_text(), stubs)
+        out, _ = self.do("check", status=1)
+        self.assertEqual(out, f"0 right, {n} not answered yet\n")
+        self.assertIn("not answered yet", self.do("check", 3, status=1)[0])
+        out, _ = self.do("show", 3)
+        for part in ("3. outer(a, b)", self.all["outer"].statement, self.all["outer"].spec, "int64 (3, 4)"):
+            self.assertIn(part, out)
+        self.assertEqual(out, self.do("show", "outer")[0])
+        for p in self.all.values():
+            self.assertIn(p.spec, self.do("show", p.number)[0])
+            self.assertNotIn(p.solution, self.do("show", p.number)[0])
+        hints = [self.do("hint", "outer")[0] for _ in range(4)]
+        self.assertEqual(hints, [f"Hint {k} of 3: {self.all['outer'].hints[k - 1]}\n" for k in (1, 2, 3, 3)])
+        self.do("hint", 4)
+        self.assertEqual(self.do("reveal", 5)[0], self.all["eye"].solution + "\n")
+        self.do("hint", 5)
+        self.assertEqual(json.loads((self.dir / "my_puzzles.json").read_text()), {"outer": 3, "diag": 1,
+            "eye": "revealed"})
+        text = stubs.replace("def ones(i):\n    # (i,) ones.\n    return ...",
+            "def ones(i):\n    return 0 * arange(i) + 1")
+        text = re.sub(r"(def outer.*?return) \.\.\.", r"\1 a * b[:, None]", text, count=1, flags=re.S)
+        (self.dir / "my_puzzles.py").write_text(text)
+        self.assertIn("✓ 1. ones: right in 500 cases", self.do("check", 1)[0])
+        self.assertIn("1 right, ", self.do("check", status=1)[0])
+        board, _ = self.do()
+        for part in ("The 21: 1 of 21", "✓  1 ones", "✗  3 outer", "3 hints", "· 4 diag".replace("· ", "·  "),
+            "1 hints ",
+                     "revealed", "Next: python puzzles.py show sum"):
+            self.assertIn(part, board)
+        self.assertEqual({p.name for p in self.dir.iterdir()}, {"my_puzzles.py", "my_puzzles.json"})
+        (self.dir / "my_puzzles.json").write_text("{")
+        for command in ([], ["hint", 1], ["reveal", 1]):
+            self.assertIn("my_puzzles.json", self.do(*command, status=2)[1])
+        self.assertEqual((self.dir / "my_puzzles.json").read_text(), "{")
+
+    def test_all_solved(self):
+        self.answer(**{p.name: p.solution for p in self.all.values()})
+        with mock.patch.object(self.puzzles, "cases", lambda p, all=self.puzzles.cases: all(p)[:30]):
+            board, out = self.do()[0], self.do("check")[0]
+        self.assertIn("All solved", board)
+        self.assertEqual(board.count("✓"), len(self.all))
+        self.assertIn(f"{len(self.all)} right, 0 not answered yet", out)
+
+    def test_bad_commands(self):
+        for argv in (["show"], ["show", 0], ["show", len(self.all) + 1], ["show", "nothing"], ["show", -1], ["hint"],
+            ["reveal"],
+                     ["draw"], ["chek"], ["check", 1, 2], ["start", 1], ["selftest", 1], ["--check"], ["show",
+                         "x" * 10**5], ["show", "²"],
+                     ["train", "--lr", "nan"], ["train", "--lr", 0], ["train", "--steps", 0], ["train", "--stp", 1],
+                         ["train", "fast"],
+                     ["train", "--momentum", 1], ["train", "--out="], ["train", "--seed", -1], ["train", "--width",
+                         0], ["train", "--resume"],
+                     ["train", "--mine"], ["train", "--batch_size", 1.5]):
+            with self.subTest(argv=argv):
+                self.do(*argv, status=2)
+                self.assertEqual(snapshot(self.dir), {})
+
+    def terminal(self, *argv, **env):
+        """(status, text) of a command on a terminal of its own."""
+        pid, fd = pty.fork()
+        if pid == 0:
+            os.chdir(self.dir)
+            os.execve(sys.executable, [sys.executable, str(HERE / "puzzles.py"), *map(str, argv)],
+                      {**{k: v for k, v in os.environ.items() if k != "NO_COLOR"}, "OMP_NUM_THREADS": "1", **env})
+        text = b""
+        with contextlib.suppress(OSError):  # Linux says so at the end
+            while select.select([fd], [], [], 120)[0] and (part := os.read(fd, 4096)):
+                text += part
+        os.close(fd)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), text.decode().replace("\r\n", "\n")
+
+    def test_terminal(self):
+        """On a terminal: colours, and none under NO_COLOR; the same text and status as in a pipe."""
+        self.assertEqual(self.terminal("start"), (0, "wrote my_puzzles.py; next: python puzzles.py show 1\n"))
+        self.answer(ones="0 * arange(i) + 1", eye="where(arange(j)[:, None] <= arange(j), 1, 0)")
+        status, text = self.terminal("check")
+        self.assertEqual(status, 1)
+        self.assertIn("\033[32m✓ 1. ones: right in 500 cases\033[0m", text)
+        self.assertIn("\033[31mX\033[0m", text)
+        plain, _ = self.do("check", status=1)
+        self.assertEqual(re.sub(r"\033\[\d+m", "", text), plain)
+        status, text = self.terminal("check", "eye", NO_COLOR="1", PYTHONIOENCODING="ascii")
+        self.assertEqual((status, text), (1, self.do("check", "eye", status=1)[0].replace("✗", "?")))
+
+    def test_speed(self):
+        """One check takes under 1.5 seconds beyond the import of torch."""
+        self.answer(**{name: self.all[name].solution for name in ("ones", "layernorm_backward",
+            "attention_backward")})
+        for name in ("ones", "layernorm_backward", "attention_backward"):
+            started = os.times()[:4]  # of computing, the child's too: other processes don't count
+            self.do("check", name)
+            self.assertLess(sum(os.times()[:4]) - sum(started), 1.5, name)
+
+    def test_ctrl_c(self):
+        """Ctrl-C during a check ends it, with status 130 and no traceback, and leaves no process behind."""
+        self.answer(ones="0 * arange(i) + 1")
+        with mock.patch.object(self.puzzles, "explain"), mock.patch.object(
+                self.puzzles.multiprocessing.connection.Connection, "recv", side_effect=KeyboardInterrupt):
+            self.assertEqual(self.do("check", status=130), ("", ""))
+        self.assertEqual(self.puzzles.multiprocessing.active_children(), [])
+
+    def test_draw(self):
+        """The SVG has a cell for each cell of inputs and output, an output cell in the colours of its origins."""
+        for name in self.all:
+            with self.subTest(name=name):
+                self.do("draw", name)
+                root = xml.etree.ElementTree.parse(self.dir / f"{name}.svg").getroot()
+                self.assertLess(len(list(root)), 3000)
+        p = self.all["roll"]
+        a, n = self.puzzles.draw_inputs(p, *self.puzzles.example(p))
+        svg = xml.etree.ElementTree.parse(self.dir / "roll.svg").getroot()
+        tag = "{http://www.w3.org/2000/svg}"
+        fills = [r.get("fill") for r in svg.iter(tag + "rect")][1:]
+        self.assertEqual(fills[n:], [*fills[1:n], fills[0]])
+        self.assertEqual(len({*fills}), n)
+        texts = [t.text for t in svg.iter(tag + "text")]
+        self.assertEqual(texts, [f"a ({n},)", *map(str, a.tolist()), f"output 1 ({n},)", *map(str,
+            a.roll(-1).tolist())])
+        self.assertEqual(len(list(svg.iter(tag + "path"))), n)
+        ones = xml.etree.ElementTree.parse(self.dir / "ones.svg").getroot()
+        self.assertEqual({r.get("fill") for r in ones.iter(tag + "rect")}, {"white", "#fff"})
+        (self.dir / "eye.svg").unlink()
+        (self.dir / "eye.svg").mkdir()
+        self.assertIn("eye.svg", self.do("draw", "eye", status=1)[1])
+
+    # training
+
+    TINY = ["--steps", 12, "--eval_every", 5, "--log_every", 1, "--width", 24, "--batch_size", 16]
+
+    def small(self):
+        """Fewer pictures, so that a run takes no time."""
+        shapes = self.puzzles.make_shapes
+        patch = mock.patch.object(self.puzzles, "make_shapes", lambda n, seed: shapes(n // 50, seed))
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def train(self, name, *flags, status=0):
+        out, err = self.do("train", "--out", name, *flags, status=status)
+        at = self.dir / name
+        rows = [json.loads(line) for line in (at / "log.jsonl").read_text().splitlines()]
+        return SimpleNamespace(out=out, err=err, rows=rows, at=at, ckpt=torch.load(at / "ckpt.pt", weights_only=True),
+                               losses={r["step"]: r["loss"] for r in rows if "loss" in r})
+
+    def test_twin(self):
+        """The loss curve equals, to 1e-5, that of a twin from torch's modules, autograd and torch.optim.SGD."""
+        puzzles, c = self.puzzles, self.puzzles.Config(width=48, steps=60, batch_size=32)
+        self.small()
+        run = self.train("run", "--width", 48, "--steps", 60, "--batch_size", 32, "--log_every", 1)
+        w = puzzles.initial_weights(c)
+        twin = nn.Sequential(nn.Linear(256, 48), nn.GELU(), nn.LayerNorm(48), nn.Linear(48, 10))
+        with torch.no_grad():
+            for p, name in zip(twin.parameters(), ("w1", "b1", "g", "b", "w2", "b2"), strict=True):
+                p.copy_(w[name].mT if name in ("w1", "w2") else w[name])
+        optimizer = torch.optim.SGD(twin.parameters(), lr=1, momentum=c.momentum)
+        # torch's momentum multiplies by the rate when it steps, and so do we
+        x, y = puzzles.make_shapes(20000, 1)
+        for step in range(60):
+            batch, labels = puzzles.training_batch(c, x, y, step)
+            loss = F.cross_entropy(twin(batch), labels)
+            self.assertAlmostEqual(loss.item(), run.losses[step + 1], delta=1e-5)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.param_groups[0]["lr"] = c.lr * min(1, (step + 1) / 50) * (1 - step / 60)
+            optimizer.step()
+        for p, name in zip(twin.parameters(), ("w1", "b1", "g", "b", "w2", "b2")):
+            self.close(run.ckpt["model"][name].mT if name in ("w1", "w2") else run.ckpt["model"][name], p, 1e-4)
+        self.assertLess(run.losses[60], 0.9 * run.losses[1])
+
+    def test_no_autograd(self):
+        """Nothing but the puzzles' functions computes, forward and backward: no gradient is recorded or asked for."""
+        self.small()
+        with mock.patch.object(torch.autograd, "grad", side_effect=AssertionError), \
+                mock.patch.object(torch.Tensor, "backward", side_effect=AssertionError), \
+                mock.patch.object(torch, "enable_grad", side_effect=AssertionError):
+            self.train("run", *self.TINY)
+        used = []
+        f = {name: lambda *args, name=name, solve=self.all[name].solve: (used.append(name), solve(*args))[1]
+             for name in self.puzzles.layers(False)}
+        x = torch.randn(3, 256)
+        self.puzzles.loss_and_gradients(f, self.puzzles.initial_weights(self.puzzles.Config()), x, torch.tensor([1,
+            2, 3]))
+        self.assertEqual({*used}, {*f})
+
+    def test_mine(self):
+        """--mine trains with the learner's answers where they are right, and with ours elsewhere."""
+        self.small()
+        ours = self.train("ours", *self.TINY)
+        self.answer(gelu="x * 0.5 * (1 + erf(x * 0.5 ** 0.5))", linear="x @ w", softmax="x",
+            ones="1 * (arange(i) >= 0)",
+                    linear_backward="d @ w.mT, (d.mT @ x).mT, colsum(d)")
+        mine = self.train("mine", *self.TINY, "--mine")
+        self.assertIn("yours: gelu, linear_backward; ours: linear, gelu_backward, layernorm", mine.out)
+        self.assertEqual(list(mine.losses), list(ours.losses))
+        for step, loss in ours.losses.items():
+            self.assertAlmostEqual(loss, mine.losses[step], delta=1e-5)
+        with folder(self.dir), contextlib.redirect_stdout(io.StringIO()):
+            f = self.puzzles.layers(True)
+        self.assertEqual([name for name in f if f[name] is not self.all[name].solve], ["linear_backward", "gelu"])
+        self.assertTrue(mine.ckpt["config"]["mine"])
+
+    def test_resume(self):
+        """Stopped and gone on with, it is the same run bit for bit; so it is with other evaluations."""
+        self.small()
+        whole = self.train("whole", *self.TINY)
+        self.train("parts", *self.TINY, "--stop_at", 7)
+        parts = self.train("parts", "--resume")
+        often = self.train("often", *self.TINY, "--eval_every", 1)
+        for other in (parts, often):
+            self.same(other.ckpt["model"], whole.ckpt["model"])
+            self.same(other.ckpt["optimizer"], whole.ckpt["optimizer"])
+            self.assertEqual(other.losses, whole.losses)
+        self.assertEqual([sum("final" in r for r in run.rows) for run in (whole, parts)], [1, 1])
+        self.assertNotEqual(self.train("seed", *self.TINY, "--seed", 1).losses, whole.losses)
+        _, err = self.do("train", "--out", "parts", "--resume", "--width", 8, status=2)
+        self.assertIn("--width", err)
+        (self.dir / "parts" / "ckpt.pt").write_bytes(b"no")
+        self.do("train", "--out", "parts", "--resume", status=2)
+
+    def test_interrupted(self):
+        """Ctrl-C saves a checkpoint, says how to go on, and changes nothing in the end."""
+        self.small()
+        whole = self.train("whole", *self.TINY)
+
+        def interrupted(c, x, y, step, real=self.puzzles.training_batch):
+            if step == 6:
+                signal.raise_signal(signal.SIGINT)
+            return real(c, x, y, step)
+
+        handler = signal.getsignal(signal.SIGINT)
+        with mock.patch.object(self.puzzles, "training_batch", interrupted):
+            cut = self.train("cut", *self.TINY, status=130)
+        self.assertEqual(signal.getsignal(signal.SIGINT), handler)
+        self.assertIn("python puzzles.py train --resume --out cut", cut.out)
+        self.assertEqual(cut.ckpt["step"], 7)
+        self.same(self.train("cut", "--resume").ckpt["model"], whole.ckpt["model"])
+
+    def test_not_finite(self):
+        """A loss that is not finite stops the run, status 1, and the checkpoint before it stays."""
+        self.small()
+        run = self.train("run", *self.TINY, "--lr", 1e15, status=1)
+        self.assertRegex(run.err, r"\Apuzzles\.py: loss is (nan|inf) at step \d+: lower --lr[^\n]+\n\Z")
+        self.assertTrue(all(p.isfinite().all() for p in run.ckpt["model"].values()))
+
+    def test_shapes(self):
+        """Pictures of all classes, the same for a seed; turned and mirrored ones are still of the same pixels."""
+        x, y = self.puzzles.make_shapes(400, 5)
+        self.same((x, y), self.puzzles.make_shapes(400, 5))
+        self.assertEqual((x.shape, x.dtype, {*y.tolist()}), ((400, 256), torch.float32,
+            {*range(len(self.puzzles.SHAPES))}))
+        c = self.puzzles.Config()
+        pictures, labels = self.puzzles.training_batch(c, x, y, 3)
+        self.assertEqual(pictures.shape, (c.batch_size, 256))
+        originals = {tuple(picture.sort().values.tolist()): int(k) for picture, k in zip(x, y)}
+        for picture, k in zip(pictures, labels):
+            self.assertEqual(originals[tuple(picture.sort().values.tolist())], int(k))
+
+    def test_learns(self):
+        """A short run is far better than chance on pictures it has not seen."""
+        run = self.train("run", "--steps", 300, "--width", 64)
+        self.assertGreater(run.rows[-1]["test_accuracy"], 0.5)
+        self.assertLess(run.rows[-1]["test_loss"], 1.5)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -27,8 +27,8 @@ and ends with a test accuracy of 0.92 (a linear classifier: 0.38); selftest 10 t
 Differs from [1]: repeat's d is an int. [1] Rush 2022, Tensor Puzzles, github.com/srush/Tensor-Puzzles
 """
 
-import argparse, ast, colorsys, contextlib, dataclasses, functools, html, inspect, itertools, json, math, multiprocessing
-import os, random, re, signal, sys, textwrap, time, typing
+import argparse, ast, colorsys, contextlib, dataclasses, functools, html, inspect, itertools, json, math
+import multiprocessing, os, random, re, signal, sys, textwrap, time, typing
 from pathlib import Path
 
 import torch

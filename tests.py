@@ -4017,11 +4017,13 @@ class BenchResNet:
             model = torch.compile(raw) if name == "compiled" else raw
             run[name] = functools.partial(our_step, model, raw, resnet.sgd_or_muon(raw, c), itertools.count())
         counter = itertools.count()
-        run["augment"] = lambda: resnet.normalise(resnet.training_batch(c, x, y, next(counter), 0, 1)[0], plain.stats)
+        run["augment"] = lambda: resnet.normalise(resnet.training_batch(c, x, y, next(counter), 0, 1)[0],
+                                                  plain.stats)
         times = in_turn(run, int(rounds))
         for name, t in times.items():
-            print(f"{name:>10} {1e3 * statistics.median(t):8.1f} ms, plain takes {ratio(times, 'plain', name):.3f} times "
-                  f"as long ({dtype})", flush=True)
+            times_as_long = ratio(times, "plain", name)
+            print(f"{name:>10} {1e3 * statistics.median(t):8.1f} ms, plain takes {times_as_long:.3f} times as long "
+                  f"({dtype})", flush=True)
 
     def norms(self, steps_256=60, images_2=4000):
         """Validation accuracy of ResNet-20 on shapes with each norm at batch 256 and at batch 2, the better of two

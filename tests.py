@@ -2729,17 +2729,17 @@ class TestResNet(Case):
     def test_overfits(self):
         """64 images are learned by heart."""
         def wider(num_classes=10, **more):
-            stages = [(self.resnet.BasicBlock, 16, 1, 2), (self.resnet.BasicBlock, 32, 1, 2)]
+            stages = [(self.resnet.BasicBlock, 32, 1, 2), (self.resnet.BasicBlock, 64, 1, 2)]
             return self.resnet.ResNet(stages, num_classes, **{"shortcut": "A", **more})
 
         with mock.patch.dict(self.resnet.ARCHS, resnet20=wider), \
                 mock.patch.object(self.resnet, "make_shapes", lambda n, seed: drawn(self.draw, 64, seed)):
-            a = self.train("a", "--steps", 60, "--eval_every", 60, "--log_every", 10, "--batch_size", 64, "--crop", 0,
+            a = self.train("a", "--steps", 90, "--eval_every", 90, "--log_every", 10, "--batch_size", 64, "--crop", 0,
                            "--flip", "none")
         accuracies = [row["train_accuracy"] for row in a.rows if "train_accuracy" in row]
         self.assertLess(accuracies[0], 0.7)
         self.assertEqual(accuracies[-1], 1.0)
-        self.assertLess(a.losses[60], 0.5)
+        self.assertLess(a.losses[90], 0.5)
 
     def test_resume(self):
         """12 steps are 6, stop, resume, 6 more: bit for bit, with all that is random or averaged."""
@@ -2855,7 +2855,7 @@ class TestResNet(Case):
         handler = signal.getsignal(signal.SIGINT)
         for every in (100, 1):  # with an evaluation between, too
             out = self.dir / str(every)
-            status, text, err = run("resnet", *self.tiny, "--out", out, "--norm", "none", "--lr", 1e18, "--warmup", 0,
+            status, text, err = run("resnet", *self.tiny, "--out", out, "--norm", "none", "--lr", 9e18, "--warmup", 0,
                                     "--log_every", 1, "--eval_every", every)
             self.assertEqual(status, 1, err)
             self.assertRegex(err, r"\Aresnet\.py: [^\n]*(nan|inf)[^\n]* step 1\b[^\n]*\n\Z")

@@ -31,7 +31,8 @@ What to expect (torch 2.13.0, two cores of an AMD EPYC, fp32, seed 0, n = 1; log
 - Figure 6 on the copy, one epoch only (--epochs 1 --batch_size 64 --lr 0.05), test accuracy: plain 52.1% with 20
   layers, 25.3% with 56; residual 61.7% and 48.7%. The shortcut mends most of what depth breaks; that the deeper
   residual network gets ahead takes longer: not yet measured
-- The landscape, each --norm at batch 2 and 256 (BenchResNet.norms), and all on a GPU: not yet measured
+- The landscape of those two deep networks, 13 × 13 points, 3.5 minutes: assets/resnet_landscape.svg
+- Each --norm at batch 2 and 256 (BenchResNet.norms), and all on a GPU: not yet measured
 
 Differs from [1]: Nesterov momentum, cosine instead of steps (÷10 after 32,000 and 48,000), decay on weights only, crops
 with reflected borders, stride in a bottleneck's 3×3 convolution (v1.5). What is left of an epoch after the last whole

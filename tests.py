@@ -4064,6 +4064,38 @@ class BenchResNet:
         shutil.copy(out / "landscape.json", HERE / "assets" / "logs" / "resnet" / "landscape.json")
 
 
+class BenchPuzzles:
+    """python tests.py BenchPuzzles.NAME, where NAME is one of the methods."""
+
+    def checks(self):
+        """Seconds that check takes for each puzzle once torch is there: the five slowest, and the median."""
+        puzzles, seconds = importlib.import_module("puzzles"), []
+        for p in puzzles.PUZZLES.values():
+            begin = time.perf_counter()
+            found = puzzles.judge({p.name: (p.solution, None)})
+            seconds.append((time.perf_counter() - begin, p.name))
+            assert found[p.name] is None, p.name
+        print(sorted(seconds, reverse=True)[:5], "median", statistics.median(s for s, _ in seconds))
+
+    def linear(self):
+        """A linear classifier on the batches of puzzles.py train, at three learning rates."""
+        puzzles = importlib.import_module("puzzles")
+        c = puzzles.Config()
+        train, val, test = [puzzles.make_shapes(n, seed) for n, seed in ((20000, 1), (1000, 2), (2000, 3))]
+        for lr in (0.003, 0.03, 0.3):
+            torch.manual_seed(0)
+            model = nn.Linear(256, 10)
+            optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9)
+            for step in range(c.steps):
+                optimizer.param_groups[0]["lr"] = lr * (1 - step / c.steps)
+                x, y = puzzles.training_batch(c, *train, step)
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            right = [(model(x).argmax(1) == y).double().mean().item() for x, y in (val, test)]
+            print(f"lr {lr:g}: val {right[0]:.4f}, test {right[1]:.4f}", flush=True)
+
+
 def about(script):
     """What a log says of where it was made."""
     cpu = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line]

@@ -221,7 +221,7 @@ class MLP(nn.Module):
         return F.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")), self.dropout, self.training)
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """Attention, then MLP; each reads a normalised copy of the residual stream x and adds to x ([2] §2.3)."""
 
     def __init__(self, c):
@@ -252,7 +252,7 @@ class GPT(nn.Module):
         self.transformer = nn.ModuleDict(dict(wte=nn.Embedding(rows, c.n_embd)))
         if c.pos == "learned":
             self.transformer["wpe"] = nn.Embedding(c.block_size, c.n_embd)
-        self.transformer["h"] = nn.ModuleList(Block(c) for _ in range(c.n_layer))
+        self.transformer["h"] = nn.ModuleList(TransformerBlock(c) for _ in range(c.n_layer))
         self.transformer["ln_f"] = nn.LayerNorm(c.n_embd, eps=1e-5, bias=c.bias)
         self.lm_head = nn.Linear(c.n_embd, rows, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # tied: one matrix takes tokens in and out
@@ -773,8 +773,11 @@ def sample(model, tokenizer, c):
     print(utf8.decode(b"", final=True))
 
 
-def pick_device(name, dtype):
-    """The device and the type to compute in, "auto" resolved. Raises ValueError if it is not here."""
+def pick_device(name, dtype, units="amx_bf16"):
+    """The device and the type to compute in, "auto" resolved. Raises ValueError if it is not here.
+
+    units: what a CPU needs for bfloat16 to be the faster: with avx512_bf16 only large products gain, small ones lose.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     with one_line(f"--device {name} is not here"):
@@ -783,9 +786,9 @@ def pick_device(name, dtype):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where fp32 is left
-    if dtype == "auto":  # a CPU without matrix units for bfloat16 is many times slower in it
+    if dtype == "auto":  # a CPU without such units is many times slower in bfloat16
         fast = (device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-                or device.type == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False))
+                or device.type == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get(units, False))
         dtype = "bfloat16" if fast else "float32"
     dtype = getattr(torch, dtype)
     return device, dtype, torch.autocast(device.type, dtype, enabled=dtype != torch.float32)

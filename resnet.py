@@ -166,9 +166,9 @@ def conv(C_in, C_out, size, stride=1, groups=1):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth [6]: leave out the branch x (B, C, H, W) of some images, scale the others' up to make up for it.
+    """Stochastic depth: leave out the branch x (B, ...) of some images, scale the others' up to make up for it.
 
-    Differs from [6]: a coin per image, not per mini-batch; and its eq. 5 scales by 1 - p at test time instead.
+    Differs from arXiv 1603.09382v3: a coin per image, not per mini-batch; its eq. 5 scales by 1 - p in tests instead.
     """
 
     def __init__(self, p):
@@ -178,7 +178,7 @@ class DropPath(nn.Module):
     def forward(self, x):
         if not self.training or self.p == 0:
             return x
-        keep = torch.rand(len(x), 1, 1, 1, device=x.device) >= self.p  # (B, 1, 1, 1)
+        keep = torch.rand([len(x)] + [1] * (x.dim() - 1), device=x.device) >= self.p  # (B, 1, ...)
         return x * keep / (1 - self.p)
 
 
@@ -282,18 +282,16 @@ class PreActBlock(ResidualBlock):
 
 
 class FastBlock(ResidualBlock):
-    """A convolution that halves height and width by max-pooling, then a residual pair: airbench96's group [10]."""
+    """A convolution, its height and width halved by max-pooling, then a residual one: [10]'s group with a shortcut."""
 
     def __init__(self, C_in, C, stride, norm, *addition):
         super().__init__(*addition)
         self.conv1, self.bn1, self.stride = conv(C_in, C, 3), norm(C), stride
         self.conv2, self.bn2 = conv(C, C, 3), norm(C)
-        self.conv3, self.bn3 = conv(C, C, 3), norm(C)
 
     def forward(self, x):
         x = F.gelu(self.bn1(F.max_pool2d(self.conv1(x), self.stride)))  # (B, C, H / stride, W / stride)
-        y = self.bn3(self.conv3(F.gelu(self.bn2(self.conv2(x)))))
-        return F.gelu(self.add(x, y))
+        return F.gelu(self.add(x, self.bn2(self.conv2(x))))
 
 
 # ---- network: stages of blocks, in torchvision's names -------------------------------------------------------------
@@ -423,7 +421,7 @@ def wrn(depth, width, num_classes=10, **more):
 
 
 def fast(num_classes=10, **more):
-    """A whitening stem and three blocks, 161 million MACs: airbench94's widths, airbench96's blocks [10]."""
+    """A whitening stem and three blocks, 118 million MACs: airbench94's [10] with shortcuts."""
     stages = [(FastBlock, 64, 1, 2), (FastBlock, 256, 1, 2), (FastBlock, 256, 1, 2)]
     return ResNet(stages, num_classes, "whiten", 24, **more)
 
@@ -657,6 +655,12 @@ def make_shapes(n, seed):
     return (x * 255).round().clamp(0, 255).to(torch.uint8), y
 
 
+def balanced_subset(labels, fraction):
+    """Indices, ascending, of the first images of each class, a fraction of it: the data is in random order as it is."""
+    classes = [(labels == k).nonzero().flatten() for k in labels.unique()]
+    return torch.cat([k[:max(1, round(fraction * len(k)))] for k in classes]).sort().values
+
+
 def load_images(c):
     """(x, y) of the training, validation and test images, and the names of the classes."""
     if c.data == "shapes":
@@ -671,9 +675,8 @@ def load_images(c):
         train, val, classes = (x[:-5000], y[:-5000]), (x[-5000:], y[-5000:]), CIFAR10_CLASSES
     if c.full_train:
         train = [torch.cat(both) for both in zip(train, val)]
-    if c.labels < 1:  # the first of each class, in the data's own random order
-        keep = [(train[1] == k).nonzero().flatten() for k in range(len(classes))]
-        keep = torch.cat([k[:max(1, round(c.labels * len(k)))] for k in keep]).sort().values
+    if c.labels < 1:
+        keep = balanced_subset(train[1], c.labels)
         train = [t[keep] for t in train]
     return train, val, test, classes
 
@@ -700,21 +703,26 @@ def normalise(images, stats, size=0):
     return F.interpolate(x, (size, size), mode="bilinear") if size else x
 
 
-def training_batch(c, images, labels, step, slot, slots):
-    """The slot-th of the slots micro-batches of a step, augmented: uint8 (B, 3, H, W) and labels (B,). It depends on
-    (seed, step, slot) alone."""
-    n, size = len(images), c.batch_size * slots
+def batch_index(n, batch_size, seed, step, slot, slots):
+    """Which of n images make the slot-th of the slots micro-batches of a step: indices (batch_size,), and the epoch.
+    Each epoch has an order of its own; all depends on (seed, step, slot) alone."""
+    size = batch_size * slots
     epoch, position = divmod(step, max(1, n // size))
-    order = np.random.default_rng((c.seed, 1, epoch)).permutation(n)
-    start = position * size + slot * c.batch_size
-    index = torch.from_numpy(np.take(order, range(start, start + c.batch_size), mode="wrap"))  # n may be below size
+    order = np.random.default_rng((seed, 1, epoch)).permutation(n)
+    start = position * size + slot * batch_size
+    return np.take(order, range(start, start + batch_size), mode="wrap"), epoch  # n may be below size
+
+
+def training_batch(c, images, labels, step, slot, slots):
+    """The slot-th of the slots micro-batches of a step, augmented: uint8 (B, 3, H, W) and labels (B,)."""
+    index, epoch = batch_index(len(images), c.batch_size, c.seed, step, slot, slots)
     rng = np.random.default_rng((c.seed, 2, step, slot))
-    dy, dx = torch.from_numpy(rng.integers(-c.crop, c.crop, (2, c.batch_size), endpoint=True))
+    dy, dx = rng.integers(-c.crop, c.crop, (2, c.batch_size), endpoint=True)
     coins = rng.integers(2, size=c.batch_size)
     if c.flip == "alternate":  # [10] §3.6: a coin per image, turned over each epoch
-        coins = (np.random.default_rng((c.seed, 3)).integers(2, size=n)[index] + epoch) % 2
-    mirror = torch.from_numpy(coins == 1) & (c.flip != "none")
-    index, dy, dx, mirror = (t.to(images.device) for t in (index, dy, dx, mirror))
+        coins = (np.random.default_rng((c.seed, 3)).integers(2, size=len(images))[index] + epoch) % 2
+    mirror = (coins == 1) & (c.flip != "none")
+    index, dy, dx, mirror = (torch.from_numpy(a).to(images.device) for a in (index, dy, dx, mirror))
     return augment(images, index, dy, dx, mirror), labels[index]
 
 
@@ -948,7 +956,7 @@ def train_step(model, raw, ema, optimizers, autocast, train, c, step, steps, ran
 def train(c, interrupts=()):
     """Train as the Config c says, into the folder c.out, until interrupts has something in it; returns the status."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device, dtype, autocast = pick_device(c.device, c.dtype)
+    device, dtype, autocast = pick_device(c.device, c.dtype, "avx512_bf16")
     if world > 1:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if rank > 0:  # the first rank may have to download
@@ -1052,8 +1060,11 @@ def finish(run, model, test, classes, c, autocast, device):
             peak_mb=memory)
 
 
-def pick_device(name, dtype):
-    """The device and the type to compute in, "auto" resolved. Raises ValueError if it is not here."""
+def pick_device(name, dtype, units="amx_bf16"):
+    """The device and the type to compute in, "auto" resolved. Raises ValueError if it is not here.
+
+    units: what a CPU needs for bfloat16 to be the faster: with avx512_bf16 only large products gain, small ones lose.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     with one_line(f"--device {name} is not here"):
@@ -1062,9 +1073,9 @@ def pick_device(name, dtype):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where fp32 is left
-    if dtype == "auto":  # a CPU without matrix units for bfloat16 is many times slower in it
+    if dtype == "auto":  # a CPU without such units is many times slower in bfloat16
         fast = (device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-                or device.type == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False))
+                or device.type == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get(units, False))
         dtype = "bfloat16" if fast else "float32"
     dtype = getattr(torch, dtype)
     return device, dtype, torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -1168,7 +1179,7 @@ def contour_svg(path, panels, levels):
 
 def landscape(c):
     """Draw the training loss around each of the checkpoints in --landscape."""
-    device, _, autocast = pick_device(c.device, c.dtype)
+    device, _, autocast = pick_device(c.device, c.dtype, "avx512_bf16")
     paths, panels = [path for path in c.landscape.split(",") if path], {}
     titles = [Path(path).parent.name for path in paths]
     for path in paths:

@@ -44,6 +44,7 @@ import threading
 import time
 import unittest
 import xml.etree.ElementTree
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -57,7 +58,8 @@ HERE = Path(__file__).resolve().parent
 ALL = ("gpt2", "vit", "resnet", "ijepa", "mae", "simclr", "flash_attn", "puzzles")
 SCRIPTS = [name for name in ALL if (HERE / f"{name}.py").exists()]
 SHORT = {"gpt2": ["--eval_tokens", 4096, "--sample_tokens", 8],  # flags that shorten a run but for its steps
-         "resnet": ["--labels", 0.01, "--batch_size", 16, "--image_size", 16]}
+         "resnet": ["--labels", 0.01, "--batch_size", 16, "--image_size", 16],
+         "vit": ["--labels", 0.01, "--batch_size", 16]}
 sys.path.insert(0, str(HERE))
 
 
@@ -1756,7 +1758,8 @@ def slow_preact(w, x, stride=1, training=False, plain=False, s=1, m=1):
 def slow_fast(w, x, stride=1, training=False, plain=False, s=1, m=1):
     x = slow_conv(x, w["conv1.weight"]).unfold(2, stride, stride).unfold(3, stride, stride).amax((-1, -2))
     x = slow_gelu(slow_norm(x, w, "bn1", training))
-    y = slow_norm(slow_conv(x, w["conv2.weight"]), w, "bn2", training)
+    y = slow_gelu(slow_norm(slow_conv(x, w["conv2.weight"]), w, "bn2", training))
+    y = slow_norm(slow_conv(y, w["conv3.weight"]), w, "bn3", training)
     return slow_gelu(m * (y if plain else x + s * y))
 
 
@@ -2025,7 +2028,7 @@ class TestResNet(Case):
 
     def test_sizes(self):
         """Parameters of every network, as published; fast's from its formula."""
-        fast = 24 * 13 + 9 * (24 * 64 + 64**2 + 64 * 256 + 3 * 256**2) + 4 * (64 + 256 + 256) + 256 * 10
+        fast = 24 * 13 + 9 * (24 * 64 + 2 * 64**2 + 64 * 256 + 5 * 256**2) + 6 * (64 + 256 + 256) + 256 * 10
         sizes = {10: {"resnet20": 269722, "resnet32": 464154, "resnet44": 658586, "resnet56": 853018,
                       "resnet110": 1727962, "wrn28-10": 36479194, "wrn16-8": 10961370, "fast": fast},
                  1000: {"resnet18": 11689512, "resnet34": 21797672, "resnet50": 25557032, "resnet101": 44549160,
@@ -2057,7 +2060,7 @@ class TestResNet(Case):
             stage(C_in, C, size, 2) + size**2 * C_in * C * (C > 64)
             for C_in, C, size in ((64, 64, 56), (64, 128, 28), (128, 256, 14), (256, 512, 7)))
         self.assertEqual((imagenet, macs("resnet18", 224)), (1814073344, 1814073344))
-        group = [9 * C_in * C * before**2 + 9 * C * C * after**2
+        group = [9 * C_in * C * before**2 + 18 * C * C * after**2
                  for C_in, C, before, after in ((24, 64, 31, 15), (64, 256, 15, 7), (256, 256, 7, 3))]
         self.assertEqual(macs("fast", 32), 24 * 12 * 31**2 + sum(group) + 2560)
         self.assertAlmostEqual(macs("regnet_x_400mf", 224, num_classes=1000) / 400e6, 1, delta=0.05)
@@ -3052,6 +3055,1579 @@ class TestResNet(Case):
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# vit.py
+
+
+def slow_patches(x, weight, bias):
+    """A patch at a time, row by row: its pixels, red, green, blue, times each filter's. (B, N, C)."""
+    P = weight.size(-1)
+    corners = itertools.product(range(0, x.size(2), P), range(0, x.size(3), P))
+    return torch.stack([x[:, :, i:i + P, j:j + P].flatten(1) @ weight.flatten(1).T + bias for i, j in corners], 1)
+
+
+def slow_layer_norm(x, weight, bias):
+    x = x - x.mean(-1, keepdim=True)
+    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight + bias
+
+
+def slow_encoder_block(x, heads, norm1, qkv, proj, norm2, fc1, fc2):
+    """[1] eq. 2 and 3, a head at a time; each argument but x and heads is a weight and a bias."""
+    D, ys = x.size(-1) // heads, []
+    q, k, v = (slow_layer_norm(x, *norm1) @ qkv[0].T + qkv[1]).chunk(3, -1)
+    for h in range(heads):
+        at = slice(h * D, (h + 1) * D)
+        scores = q[..., at] @ k[..., at].mT / D**0.5
+        e = (scores - scores.amax(-1, keepdim=True)).exp()
+        ys.append(e / e.sum(-1, keepdim=True) @ v[..., at])
+    x = x + torch.cat(ys, -1) @ proj[0].T + proj[1]
+    return x + slow_gelu(slow_layer_norm(x, *norm2) @ fc1[0].T + fc1[1]) @ fc2[0].T + fc2[1]
+
+
+def slow_vit(w, x, heads):
+    """Logits of a state dict in timm's names: with a class token what that reads, else the mean of all patches."""
+    def pair(name):
+        return w[f"{name}.weight"], w[f"{name}.bias"]
+
+    if "patch_embed.proj.weight" in w:
+        x = slow_patches(x, *pair("patch_embed.proj"))
+    else:  # 3×3 convolutions with stride 2, norm and ReLU, then 1×1
+        n = 0
+        while f"patch_embed.proj.{n + 1}.running_mean" in w:
+            x = slow_norm(slow_conv(x, w[f"patch_embed.proj.{n}.weight"], 2), w, f"patch_embed.proj.{n + 1}", False)
+            x, n = x.clamp(min=0), n + 3
+        x = slow_patches(x, *pair(f"patch_embed.proj.{n}"))
+    if "cls_token" in w:
+        x = torch.cat((w["cls_token"].repeat(len(x), 1, 1), x), 1)
+    x, n = x + w["pos_embed"], 0
+    while f"blocks.{n}.norm1.weight" in w:
+        x = slow_encoder_block(x, heads, *(pair(f"blocks.{n}.{name}") for name in (
+            "norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")))
+        n += 1
+    x = slow_layer_norm(x, *pair("norm"))
+    weight, bias = pair("head")
+    return (x[:, 0] if "cls_token" in w else sum(x.unbind(1)) / x.size(1)) @ weight.T + bias
+
+
+def slow_torchvision_vit(w, x, heads):
+    """The same of a state dict in torchvision's names: the MLP's layers are linear_1 and linear_2, or 0 and 3."""
+    x = slow_patches(x, w["conv_proj.weight"], w["conv_proj.bias"])
+    x = torch.cat((w["class_token"].repeat(len(x), 1, 1), x), 1) + w["encoder.pos_embedding"]
+    for n in range(sum(name.endswith("ln_1.weight") for name in w)):
+        at = f"encoder.layers.encoder_layer_{n}."
+        one, two = ("linear_1", "linear_2") if f"{at}mlp.linear_1.weight" in w else ("0", "3")
+        x = slow_encoder_block(x, heads, *((w[f"{at}{name}weight"], w[f"{at}{name}bias"]) for name in (
+            "ln_1.", "self_attention.in_proj_", "self_attention.out_proj.", "ln_2.", f"mlp.{one}.", f"mlp.{two}.")))
+    x = slow_layer_norm(x, w["encoder.ln.weight"], w["encoder.ln.bias"])
+    return x[:, 0] @ w["heads.head.weight"].T + w["heads.head.bias"]
+
+
+def torchvision_vit_shapes(dim, depth, patch, image, hidden, classes=1000, spelling=("linear_1", "linear_2")):
+    """Names and shapes of torchvision's state dicts."""
+    shapes = {"class_token": (1, 1, dim), "conv_proj.weight": (dim, 3, patch, patch), "conv_proj.bias": (dim,),
+              "encoder.pos_embedding": (1, 1 + (image // patch) ** 2, dim)}
+    for n in range(depth):
+        at = f"encoder.layers.encoder_layer_{n}."
+        shapes |= {f"{at}{name}": (dim,) for name in ("ln_1.weight", "ln_1.bias", "ln_2.weight", "ln_2.bias")}
+        for name, rows, columns in (("self_attention.in_proj_", 3 * dim, dim),
+                                    ("self_attention.out_proj.", dim, dim), (f"mlp.{spelling[0]}.", hidden, dim),
+                                    (f"mlp.{spelling[1]}.", dim, hidden)):
+            shapes |= {f"{at}{name}weight": (rows, columns), f"{at}{name}bias": (rows,)}
+    return shapes | {"encoder.ln.weight": (dim,), "encoder.ln.bias": (dim,), "heads.head.weight": (classes, dim),
+                     "heads.head.bias": (classes,)}
+
+
+def deit_shapes(dim, depth, patch, image, hidden, classes=1000):
+    """Names and shapes of DeiT's state dicts, which are timm's."""
+    shapes = {"cls_token": (1, 1, dim), "pos_embed": (1, 1 + (image // patch) ** 2, dim),
+              "patch_embed.proj.weight": (dim, 3, patch, patch), "patch_embed.proj.bias": (dim,)}
+    for n in range(depth):
+        for name, *shape in (("norm1", dim), ("attn.qkv", 3 * dim, dim), ("attn.proj", dim, dim), ("norm2", dim),
+                             ("mlp.fc1", hidden, dim), ("mlp.fc2", dim, hidden)):
+            shapes |= {f"blocks.{n}.{name}.weight": tuple(shape), f"blocks.{n}.{name}.bias": (shape[0],)}
+    return shapes | {"norm.weight": (dim,), "norm.bias": (dim,), "head.weight": (classes, dim),
+                     "head.bias": (classes,)}
+
+
+def random_vit(shapes, seed=0):
+    """random_weights, with positions that matter."""
+    w = random_weights(shapes, seed)
+    return {k: t * (0.2 * t[0].numel()) ** 0.5 if "pos_embed" in k else t for k, t in w.items()}
+
+
+def slow_bilinear(x, u, v):
+    """An image's colours (3,) at column u and row v of its pixels' centres, reflected at the borders' edges."""
+    def inside(t, size):  # the edges are at -0.5 and size - 0.5
+        t = (t + 0.5) % (2 * size)
+        t = min(t, 2 * size - t) - 0.5
+        return min(max(t, 0.0), size - 1.0)
+
+    H, W = x.shape[1:]
+    u, v = inside(u, W), inside(v, H)
+    j, i = int(u), int(v)
+    a, b, right, below = u - j, v - i, min(j + 1, W - 1), min(i + 1, H - 1)
+    return ((1 - b) * ((1 - a) * x[:, i, j] + a * x[:, i, right]) +
+            b * ((1 - a) * x[:, below, j] + a * x[:, below, right]))
+
+
+def slow_affine(x, kind, s):
+    """An image (3, H, W) as one of the five geometric distortions of strength s leaves it: where each pixel
+    comes from, in coordinates from -1 to 1; 1 is half an image."""
+    H, W = x.shape[1:]
+    y, c, sn = torch.empty_like(x), math.cos(0.5 * s), math.sin(0.5 * s)
+    for i, j in itertools.product(range(H), range(W)):
+        u, v = (2 * j + 1) / W - 1, (2 * i + 1) / H - 1
+        u, v = {0: (u + 0.3 * s * v, v), 1: (u, v + 0.3 * s * u), 2: (u + 0.6 * s, v), 3: (u, v + 0.6 * s),
+                4: (c * u - sn * v, sn * u + c * v)}[kind]
+        y[:, i, j] = slow_bilinear(x, ((u + 1) * W - 1) / 2, ((v + 1) * H - 1) / 2)
+    return y
+
+
+def slow_colour(x, kind, s):
+    """An image (3, H, W) of whole numbers as one of nine colour operations of strength s leaves it, pixel by pixel,
+    in the order of vit.py's COLOUR, before it is cut to 0 to 255."""
+    pixels, (_, H, W) = x.tolist(), x.shape
+    grey = [[0.299 * pixels[0][i][j] + 0.587 * pixels[1][i][j] + 0.114 * pixels[2][i][j] for j in range(W)]
+            for i in range(H)]
+    mean, y = sum(map(sum, grey)) / (H * W), torch.empty_like(x)
+    for c, i, j in itertools.product(range(3), range(H), range(W)):
+        p, whole = pixels[c][i][j], sum(pixels[c], [])
+        around = sum((5 if di == dj == 0 else 1) * pixels[c][min(max(i + di, 0), H - 1)][min(max(j + dj, 0), W - 1)]
+                     for di in (-1, 0, 1) for dj in (-1, 0, 1)) / 13
+        bits = round(4 * abs(s))  # that are lost
+        stretched = (p - min(whole)) * 255 / max(1, max(whole) - min(whole))
+        rank = 255 * sum(q <= p for q in whole) / len(whole)
+        y[c, i, j] = [p, p * (1 + 0.9 * s), grey[i][j] + (p - grey[i][j]) * (1 + 0.9 * s),
+                      mean + (p - mean) * (1 + 0.9 * s), around + (p - around) * (1 + 0.9 * s),
+                      255 - p if p >= 256 * (1 - abs(s)) else p, int(p) >> bits << bits,
+                      p + abs(s) * (stretched - p), p + abs(s) * (rank - p)][kind]
+    return y
+
+
+def slow_png(path):
+    """The pixels (H, W, 3) of a PNG, from the format's description; checksums are checked."""
+    raw, data, at = Path(path).read_bytes(), b"", 8
+    assert raw[:8] == b"\x89PNG\r\n\x1a\n"
+    kinds = []
+    while at < len(raw):
+        [size], kind = struct.unpack(">I", raw[at:at + 4]), raw[at + 4:at + 8]
+        body, [check] = raw[at + 8:at + 8 + size], struct.unpack(">I", raw[at + 8 + size:at + 12 + size])
+        assert zlib.crc32(kind + body) == check
+        kinds.append(kind)
+        if kind == b"IHDR":
+            W, H, *rest = struct.unpack(">IIBBBBB", body)
+            assert rest == [8, 2, 0, 0, 0]  # 8 bits, red, green, blue, no interlacing
+        data += body if kind == b"IDAT" else b""
+        at += 12 + size
+    assert (kinds[0], kinds[-1]) == (b"IHDR", b"IEND")
+    rows = np.frombuffer(zlib.decompress(data), np.uint8).reshape(H, 1 + 3 * W)
+    assert (rows[:, 0] == 0).all()  # no filter
+    return rows[:, 1:].reshape(H, W, 3)
+
+
+def small_vit():
+    """A patch of vit.py for runs that take half a second: few images, and a network of two narrow blocks."""
+    vit = importlib.import_module("vit")
+    draw, few = vit.make_shapes, {10000: 240, 1000: 60, 2000: 60}
+    return mock.patch.multiple(vit, make_shapes=lambda n, seed: drawn(draw, few.get(n, n), seed),
+                               SIZES=vit.SIZES | dict(mini=(32, 2, 2)))
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor that says it is on a GPU."""
+
+    device = property(lambda self: SimpleNamespace(type="cuda"))
+
+
+class TestViT(Case):
+    @classmethod
+    def setUpClass(cls):
+        import vit
+        cls.vit, cls.draw, cls.sizes = vit, staticmethod(vit.make_shapes), vit.SIZES
+        cls.threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+
+    @classmethod
+    def tearDownClass(cls):
+        torch.set_num_threads(cls.threads)
+        drawn.cache_clear()
+
+    def setUp(self):
+        super().setUp()
+        torch.manual_seed(0)
+        patch = small_vit()
+        patch.start()
+        self.addCleanup(patch.stop)
+        self.tiny = ["--batch_size", 16, "--steps", 12, "--eval_every", 6, "--log_every", 3, "--warmup", 2,
+                     "--dtype", "float32"]
+
+    # helpers
+
+    def train(self, name, *flags, tiny=True, status=0):
+        """A small run into the folder name: its out, rows of the log, text, checkpoint."""
+        out = self.dir / name
+        got, text, err = run("vit", *(self.tiny if tiny else ()), "--out", out, *flags)
+        self.assertEqual(got, status, err)
+        return self.look(out, text, err)
+
+    def look(self, out, text="", err=""):
+        rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        return SimpleNamespace(out=out, rows=rows, text=text, err=err,
+                               ckpt=torch.load(out / "ckpt.pt", weights_only=True),
+                               losses={r["step"]: r["loss"] for r in rows if "loss" in r},
+                               val={r["step"]: r["val_loss"] for r in rows if "val_loss" in r})
+
+    def same_run(self, a, b):
+        """The same parameters, average, optimiser, best accuracy and losses, bit for bit."""
+        for key in ("model", "optimizer", "step", "best", "encoder", *["ema"] * ("ema" in a.ckpt)):
+            self.same(a.ckpt[key], b.ckpt[key], key)
+        kept = ("step", "loss", "train_accuracy", "lr", "val_loss", "val_accuracy", "test_accuracy")
+        self.assertEqual(*([{k: row[k] for k in kept if k in row} for row in run.rows] for run in (a, b)))
+
+    def bad(self, *flags, says=(), status=2):
+        """Bad input: the status, one line on stderr that begins with the script's name, nothing on disk changes."""
+        before = snapshot(self.dir)
+        with self.subTest(flags=" ".join(map(str, flags))[-90:]), folder(self.dir):
+            got, out, err = run("vit", *flags)
+            self.assertEqual(got, status, err)
+            self.assertRegex(err, r"\Avit\.py: [^\n]+\n\Z")
+            for word in [says] if isinstance(says, str) else says:
+                self.assertIn(str(word), err)
+            self.assertNotIn("Traceback", out)
+            self.assertEqual(sorted(snapshot(self.dir)), sorted(before), "files came or went")
+            self.assertTrue(snapshot(self.dir) == before, "a file changed")
+
+    def model(self, image_size=12, patch_size=4, dim=24, depth=2, heads=3, num_classes=5, seed=0, **more):
+        """A small ViT in fp64 with random weights; and copies of them, with gradients."""
+        model = self.vit.ViT(image_size, patch_size, dim, depth, heads, num_classes, **more).double().eval()
+        w = random_vit({k: tuple(t.shape) for k, t in model.state_dict().items()}, seed)
+        model.load_state_dict({**w, "pos_embed": model.pos_embed.data} if more.get("pos") == "sincos" else w)
+        return model, {k: t.detach().clone().requires_grad_(t.is_floating_point())
+                       for k, t in model.state_dict().items()}
+
+    def images(self, n, size=8, seed=0):
+        g = torch.Generator().manual_seed(seed)
+        return torch.randint(0, 256, (n, 3, size, size), generator=g, dtype=torch.uint8)
+
+    def config(self, **more):
+        return self.vit.Config(**{"batch_size": 8, "steps": 20, "warmup": 3, **more})
+
+    # model
+
+    def test_patch_embed(self):
+        """Against unfold, which gives patches in the same order."""
+        for P, H, W in ((4, 12, 12), (2, 4, 8), (1, 3, 3)):
+            embed, x = self.vit.PatchEmbed(P, 10).double(), torch.randn(2, 3, H, W).double()
+            patches = F.unfold(x, P, stride=P).mT  # (B, N, 3 P²)
+            want = patches @ embed.proj.weight.flatten(1).T + embed.proj.bias
+            self.close(embed(x), want, 1e-12)
+            self.close(embed(x), slow_patches(x, embed.proj.weight, embed.proj.bias), 1e-12)
+
+    def attentions(self, dim=24, heads=3):
+        """Attention in fp64 with random weights, and torch's with copies of them."""
+        ours, theirs = self.vit.Attention(dim, heads), nn.MultiheadAttention(dim, heads, batch_first=True)
+        with torch.no_grad():
+            for p, q in ((theirs.in_proj_weight, ours.qkv.weight), (theirs.in_proj_bias, ours.qkv.bias),
+                         (theirs.out_proj.weight, ours.proj.weight), (theirs.out_proj.bias, ours.proj.bias)):
+                p.copy_(q.copy_(torch.randn(q.shape) * (0.3 if q.dim() == 2 else 1)))
+        return ours.double(), theirs.double()
+
+    def test_attention(self):
+        """Output and gradients against nn.MultiheadAttention, with and without a mask; also as it is on a GPU."""
+        ours, theirs = self.attentions()
+        mask = torch.arange(7) < torch.tensor([[7], [4], [1]])
+        for key_mask, elsewhere in itertools.product((None, mask), (False, True)):
+            x, r = torch.randn(3, 7, 24).double().requires_grad_(), torch.randn(3, 7, 24).double()
+            hidden = None if key_mask is None else ~key_mask
+            want = theirs(x, x, x, key_padding_mask=hidden, need_weights=False)[0]
+            got = ours(x.as_subclass(Elsewhere) if elsewhere else x, key_mask).as_subclass(torch.Tensor)
+            self.close(got, want, 1e-12)
+            for a, b in zip(torch.autograd.grad((got * r).sum(), [x, *ours.parameters()]),
+                            torch.autograd.grad((want * r).sum(), [x, theirs.in_proj_weight, theirs.in_proj_bias,
+                                                                   *theirs.out_proj.parameters()])):
+                self.close(a, b, 1e-10)
+
+    def test_padding(self):
+        """What a masked token holds changes no bit of the others, which are as in a sequence without it; an explicit
+        mask of all tokens is none."""
+        block = self.vit.Block(24, 3).eval()
+        for attention in (self.attentions()[0].float(), block):
+            x, mask = torch.randn(2, 9, 24), torch.ones(2, 9, dtype=torch.bool)
+            self.close(attention(x, mask), attention(x), 1e-6)
+            mask[0, 6:] = mask[1, :2] = False
+            a = attention(x, mask)
+            b = attention(torch.where(mask[..., None], x, 1e18 * torch.randn(x.shape)), mask)
+            self.same(a[mask], b[mask])
+            self.close(a[0, :6], attention(x[:1, :6])[0], 1e-5)
+            self.close(a[1, 2:], attention(x[1:, 2:])[0], 1e-5)
+            self.assertGreater((a - attention(x))[mask].abs().max().item(), 1e-3)
+
+    def their_encoder(self, model, dim=24, heads=3, hidden=96):
+        """torch's encoder with a ViT's weights."""
+        layer = nn.TransformerEncoderLayer(dim, heads, hidden, dropout=0, activation="gelu", layer_norm_eps=1e-6,
+                                           batch_first=True, norm_first=True)
+        theirs = nn.TransformerEncoder(layer, len(model.blocks), norm=nn.LayerNorm(dim, eps=1e-6),
+                                       enable_nested_tensor=False).double()
+        theirs.norm.load_state_dict(model.norm.state_dict())
+        for a, b in zip(theirs.layers, model.blocks):
+            a.load_state_dict({
+                "self_attn.in_proj_weight": b.attn.qkv.weight, "self_attn.in_proj_bias": b.attn.qkv.bias,
+                **{f"{name}.{part}": getattr(module, part) for name, module in (
+                    ("self_attn.out_proj", b.attn.proj), ("linear1", b.mlp.fc1), ("linear2", b.mlp.fc2),
+                    ("norm1", b.norm1), ("norm2", b.norm2)) for part in ("weight", "bias")}})
+        return theirs
+
+    def test_blocks(self):
+        """A block with a mask, and the whole with either pool, and their gradients, against nn.TransformerEncoder."""
+        for pool in ("cls", "mean"):
+            model, _ = self.model(pool=pool)
+            theirs = self.their_encoder(model)
+            x = torch.randn(4, 3, 12, 12).double()
+            tokens = F.conv2d(x, model.patch_embed.proj.weight, model.patch_embed.proj.bias, 4).flatten(2).mT
+            if pool == "cls":
+                tokens = torch.cat((model.cls_token.repeat(4, 1, 1), tokens), 1)
+            y = theirs(tokens + model.pos_embed)
+            y = y[:, 0] if pool == "cls" else y.mean(1)
+            self.close(model.features(x), y, 1e-12)
+            want, got = model.head(y), model(x)
+            self.close(got, want, 1e-12)
+            r, layer, block = torch.randn(4, 5).double(), theirs.layers[0], model.blocks[0]
+            for p, q in ((layer.linear1.weight, block.mlp.fc1.weight), (layer.norm1.weight, block.norm1.weight),
+                         (layer.self_attn.in_proj_weight, block.attn.qkv.weight)):
+                self.close(torch.autograd.grad((got * r).sum(), q, retain_graph=True)[0],
+                           torch.autograd.grad((want * r).sum(), p, retain_graph=True)[0], 1e-10)
+            mask, x = torch.arange(7) < torch.tensor([[7], [4], [1]]), torch.randn(3, 7, 24).double()
+            self.close(block(x, mask), layer(x, src_key_padding_mask=~mask), 1e-12)
+
+    def test_slow(self):
+        """Logits and gradients against loops: pools, positions, a stem of convolutions, sizes that are not square."""
+        x = torch.randn(3, 3, 12, 12).double()
+        for how in (dict(), dict(pool="mean"), dict(pool="mean", pos="sincos"), dict(pos="sincos", patch_size=2),
+                    dict(conv_stem=True), dict(conv_stem=True, pool="mean", patch_size=2),
+                    dict(mlp_ratio=2.5, depth=3, heads=4), dict(patch_size=12, heads=1)):
+            with self.subTest(**how):
+                model, w = self.model(**how)
+                got, want = model(x), slow_vit(w, x, how.get("heads", 3))
+                self.close(got, want, 1e-11)
+                r, names = torch.randn(got.shape).double(), [k for k, p in model.named_parameters() if
+                                                             p.requires_grad]
+                self.assertEqual("pos_embed" in names, how.get("pos") != "sincos")
+                for k, a, b in zip(names, torch.autograd.grad((got * r).sum(), [dict(model.named_parameters())[k]
+                                                                                 for k in names]),
+                                   torch.autograd.grad((want * r).sum(), [w[k] for k in names])):
+                    # the same number is added to all of a query's scores: no gradient but rounding
+                    self.assertLess((a - b).abs().max().item(), 1e-10 * max(1, b.abs().max().item()), k)
+
+    def test_names(self):
+        """timm's names, and no class token with pool="mean"; sizes as published."""
+        for dim, depth, patch, heads, size in ((192, 12, 16, 3, 5717416), (384, 12, 16, 6, 22050664),
+                                               (768, 12, 16, 12, 86567656), (768, 12, 32, 12, 88224232),
+                                               (1024, 24, 16, 16, 304326632), (1024, 24, 32, 16, 306535400)):
+            with torch.device("meta"):
+                model = self.vit.ViT(224, patch, dim, depth, heads, 1000)
+            self.assertEqual({k: tuple(t.shape) for k, t in model.state_dict().items()},
+                             deit_shapes(dim, depth, patch, 224, 4 * dim))
+            self.assertEqual(sum(p.numel() for p in model.parameters()), size)
+            self.assertIn((dim, depth, heads), self.sizes.values())
+        with torch.device("meta"):
+            other = self.vit.ViT(224, 32, 1024, 24, 16, 1000, pool="mean")
+        self.assertEqual({*model.state_dict()} - {*other.state_dict()}, {"cls_token"})
+        self.assertEqual(tuple(other.pos_embed.shape), (1, 49, 1024))
+
+    def test_conv_stem(self):
+        """Widths double to half of the network's, one convolution per halving; a patch depends on its neighbours."""
+        for P, widths in ((8, [8, 16, 32]), (4, [16, 32]), (2, [32])):
+            stem, x = self.vit.ConvStem(P, 64).eval(), torch.randn(1, 3, 4 * P, 4 * P)
+            convs = [m for m in stem.modules() if isinstance(m, nn.Conv2d)]
+            self.assertEqual([m.out_channels for m in convs], [*widths, 64])
+            self.assertEqual([m.stride[0] for m in convs], [2] * len(widths) + [1])
+            self.assertEqual([m.bias is None for m in convs], [True] * len(widths) + [False])
+            y = stem(x)
+            self.assertEqual(y.shape, (1, 16, 64))
+            x[..., P:2 * P, 2 * P - 1] += 9  # row 1, at the border of the columns 1 and 2
+            changed = (stem(x) != y).any(-1).view(4, 4)
+            self.assertTrue(changed[1, 1] and changed[1, 2] and not changed[:, 0].any() and not changed[3].any())
+
+    def test_macs(self):
+        """Against sums over layers: projections of each token, and tokens with tokens."""
+        for pool, N in (("mean", 64), ("cls", 65)):
+            model = self.vit.ViT(32, 4, 96, 3, 3, 10, pool=pool)
+            want = 64 * 48 * 96 + 3 * (N * 12 * 96**2 + 2 * N**2 * 96) + 960
+            self.assertEqual(self.vit.count_macs(model, 32), want)
+
+    def test_sincos(self):
+        """Number by number: of a dimension's first half the sines of x, then its cosines; then those of y."""
+        for dim, grid in ((24, 14), (4, 3), (192, 2)):
+            want = torch.empty(grid**2, dim).double()
+            for y, x, j in itertools.product(range(grid), range(grid), range(dim)):
+                at, quarter, i = (x, y)[j // (dim // 2)], j % (dim // 2) // (dim // 4), j % (dim // 4)
+                want[y * grid + x, j] = (math.sin, math.cos)[quarter](at / 10000 ** (2 * i / (dim // 2)))
+            self.close(self.vit.sincos_2d(dim, grid), want, 1e-7)
+        model = self.vit.ViT(12, 4, 16, 1, 2, 5, pos="sincos")
+        self.same(model.pos_embed[0], torch.cat((torch.zeros(1, 16), self.vit.sincos_2d(16, 3))))
+        self.assertFalse(model.pos_embed.requires_grad)
+        with self.assertRaisesRegex(ValueError, "18"):
+            self.vit.sincos_2d(18, 3)
+
+    def test_init(self):
+        """Xavier, uniform, of q, k and v each on its own; patches by their pixels' number; a head of zeros."""
+        model = self.vit.ViT(32, 4, 192, 2, 3, 10)
+        for name, p in model.named_parameters():
+            part = name.split(".")[-2:]
+            if part[-1] == "bias" or name == "cls_token" or part[0] == "head":
+                self.assertTrue((p == 0).all(), name)
+            elif part[0].startswith("norm"):
+                self.assertTrue((p == 1).all(), name)
+            elif name in ("pos_embed", "patch_embed.proj.weight"):
+                self.assertAlmostEqual(p.std().item() / (0.02 if "pos" in name else 48**-0.5), 1, delta=0.05)
+            else:
+                for matrix in p.chunk(3) if part[0] == "qkv" else [p]:
+                    bound = (6 / sum(matrix.shape)) ** 0.5  # arXiv v1 of Glorot and Bengio, eq. 16
+                    self.assertTrue(0.99 * bound < matrix.abs().max().item() <= bound * (1 + 1e-6), name)
+                    self.assertAlmostEqual(matrix.std().item() / bound * 3**0.5, 1, delta=0.02)
+                    self.assertAlmostEqual(matrix.mean().item() / bound, 0, delta=0.02)
+        with torch.no_grad():
+            self.assertTrue((model(torch.randn(2, 3, 32, 32)) == 0).all())  # every class is as likely
+
+    def test_drop_path(self):
+        """Each image's branch is left out or scaled by 1 / (1 - p), with probability p, which rises with depth."""
+        p, n = 0.3, 4000
+        drop, x = self.vit.DropPath(p), torch.randn(n, 2, 3)
+        y = drop(x)
+        gone = (y == 0).flatten(1).all(1)
+        self.close(y[~gone], x[~gone] / (1 - p), 1e-6)
+        spread = 5 * (p * (1 - p) / n) ** 0.5
+        self.assertAlmostEqual(gone.float().mean().item(), p, delta=spread)
+        self.assertAlmostEqual(drop(torch.ones(n, 1)).mean().item(), 1, delta=spread / (1 - p))  # what is expected
+        self.assertIs(drop.eval()(x), x)
+        model, _ = self.model(depth=5, drop_path=0.4)
+        for i, block in enumerate(model.blocks):
+            self.assertAlmostEqual(block.drop_path.p, 0.1 * i)
+        block, x = model.blocks[-1].train(), torch.randn(400, 4, 24).double()
+        a = block.attn(block.norm1(x))
+        with_a = x + a / 0.6
+        seen = collections.Counter()
+        for y, kinds in zip(block(x), zip(x, with_a)):  # of the two branches each has a coin of its own
+            outputs = [u + s * block.mlp(block.norm2(u)) for u in kinds for s in (0, 1 / 0.6)]
+            near = [(y - u).abs().max().item() < 1e-10 for u in outputs]
+            self.assertEqual(sum(near), 1)
+            seen[near.index(True)] += 1
+        for kind, share in enumerate((0.16, 0.24, 0.24, 0.36)):
+            self.assertAlmostEqual(seen[kind] / 400, share, delta=5 * (share * (1 - share) / 400) ** 0.5)
+
+    def test_grad_checkpoint(self):
+        """The same outputs and gradients, also where branches are left out."""
+        model, _ = self.model(drop_path=0.5)
+        x, results = torch.randn(6, 3, 12, 12).double(), []
+        for flag in (False, True):
+            model.grad_checkpoint = flag
+            model.train().zero_grad()
+            torch.manual_seed(5)
+            with mock.patch.object(self.vit, "checkpoint", wraps=self.vit.checkpoint) as spy:
+                y = model(x)
+                y.square().sum().backward()
+            self.assertEqual(spy.call_count, 2 * flag)
+            results.append([y, *(p.grad.clone() for p in model.parameters())])
+        self.same(*results)
+        with self.assertRaises(AssertionError):  # it is random
+            self.same(model(x), y)
+
+    def test_shape_errors(self):
+        for how in (dict(image_size=13), dict(heads=5), dict(dim=26, heads=2, pos="sincos")):
+            with self.subTest(**how), self.assertRaises(ValueError):
+                self.model(**how)
+        for size in ((12, 16), (16, 12), (16, 16)):
+            with self.subTest(size), self.assertRaisesRegex(ValueError, "16"):
+                self.model()[0](torch.zeros(1, 3, *size).double())
+
+    # official weights
+
+    def test_positions(self):
+        """The table itself at its size; at another bicubic interpolation of each channel's map, the class token's
+        row as it was."""
+        for first in (0, 1):
+            table = torch.randn(1, first + 36, 10)
+            self.assertTrue(self.vit.resize_positions(table, 6, first) is table)
+            for grid in (3, 9, 14):
+                got = self.vit.resize_positions(table, grid, first)
+                self.assertEqual(tuple(got.shape), (1, first + grid**2, 10))
+                self.same(got[:, :first], table[:, :first])
+                for c in range(10):
+                    square = table[0, first:, c].view(1, 1, 6, 6)
+                    want = F.interpolate(square, (grid, grid), mode="bicubic", align_corners=False)
+                    self.close(got[0, first:, c], want.flatten(), 1e-6)
+
+    def test_official_names(self):
+        """All seven files: torchvision's names, renamed, and DeiT's, have this ViT's names and shapes."""
+        kinds = dict(tiny=(192, 12, 3), small=(384, 12, 6), base=(768, 12, 12), b=(768, 12, 12), l=(1024, 24, 16))
+        self.assertEqual(len(self.vit.OFFICIAL), 7)
+        for name, (address, heads) in self.vit.OFFICIAL.items():
+            kind, patch = re.fullmatch(r"(?:deit|vit)_([a-z]+)_(?:patch)?(\d+)(?:_224)?", name).groups()
+            dim, depth, want_heads = kinds[kind]
+            self.assertEqual(heads, want_heads)
+            self.assertRegex(address, rf"^https://.*/{name}-[0-9a-f]{{8}}\.pth$")
+            shapes = deit_shapes if name.startswith("deit") else torchvision_vit_shapes
+            with torch.device("meta"):
+                ours = self.vit.ViT(224, int(patch), dim, depth, heads, 1000).state_dict()
+                theirs = {k: torch.empty(s) for k, s in shapes(dim, depth, int(patch), 224, 4 * dim).items()}
+            renamed = self.vit.timm_names(theirs)
+            self.assertEqual({k: t.shape for k, t in renamed.items()}, {k: t.shape for k, t in ours.items()})
+
+    def pth(self, name, w, **more):
+        torch.save({"model": w, **more} if more else w, self.dir / name)
+        return self.dir / name
+
+    def test_torchvision_weights(self):
+        """Random files in torchvision's names, in both spellings: logits as a slow model's that uses those names."""
+        x = torch.randn(2, 3, 24, 24)
+        for spelling, dim, heads in ((("linear_1", "linear_2"), 128, None), (("0", "3"), 24, 3)):
+            w = random_vit(torchvision_vit_shapes(dim, 2, 8, 24, 3 * dim, 7, spelling))
+            path = self.pth("some.pth", w)
+            model = self.vit.ViT.from_pretrained(path, heads=heads).eval()
+            want = slow_torchvision_vit({k: t.double() for k, t in w.items()}, x.double(), heads or dim // 64)
+            with torch.no_grad():
+                self.close(model(x), want, 1e-5)
+            self.assertEqual(model.settings, dict(
+                image_size=24, patch_size=8, dim=dim, depth=2, heads=heads or 2, num_classes=7, mlp_ratio=3.0,
+                pool="cls", pos="learned", conv_stem=False))
+
+    def test_deit_weights(self):
+        """A file as DeiT's: logits as a slow model's; with a mean for the class token, another size of images,
+        other classes."""
+        w = random_vit(deit_shapes(64, 2, 4, 12, 100, 5))
+        slow = {k: t.double() for k, t in w.items()}
+        path, x = self.pth("d.pth", w, epoch=3), torch.randn(2, 3, 12, 12)
+        load = functools.partial(self.vit.ViT.from_pretrained, path, heads=2)
+        with torch.no_grad():
+            self.close(load().eval()(x), slow_vit(slow, x.double(), 2), 1e-5)
+            self.assertEqual((load().blocks[0].attn.heads, self.vit.ViT.from_pretrained(path).blocks[0].attn.heads),
+                             (2, 1))
+            mean = {**slow, "pos_embed": slow["pos_embed"][:, 1:]}
+            del mean["cls_token"]
+            self.close(load(pool="mean").eval()(x), slow_vit(mean, x.double(), 2), 1e-5)
+            large = torch.randn(2, 3, 20, 20)
+            square = slow["pos_embed"][0, 1:].T.view(1, 64, 3, 3)
+            square = F.interpolate(square, (5, 5), mode="bicubic").flatten(2).mT
+            for first, names in ((1, slow), (0, mean)):
+                table = torch.cat((slow["pos_embed"][:, :first], square), 1)
+                model = load(image_size=20, pool="cls" if first else "mean").eval()
+                self.close(model(large), slow_vit({**names, "pos_embed": table}, large.double(), 2), 1e-5)
+            other = load(num_classes=3)
+            self.close(other.features(x), load().features(x), 1e-6)
+            self.assertEqual((other(x).shape, other.head.weight.abs().max().item()), ((2, 3), 0))
+            self.assertTrue(torch.equal(load(num_classes=5).head.weight, w["head.weight"]))
+        self.assertEqual([b.drop_path.p for b in load(drop_path=0.3).blocks], [0, 0.3])
+        torch.save({k: t.float() for k, t in mean.items()}, self.dir / "mean.pth")
+        with self.assertRaisesRegex(ValueError, "mean.pth"):  # there is no class token to be had
+            self.vit.ViT.from_pretrained(self.dir / "mean.pth", heads=2, pool="cls")
+        headless = {k: t for k, t in w.items() if not k.startswith("head.")}
+        self.assertEqual(self.vit.ViT.from_pretrained(self.pth("h.pth", headless)).head.weight.shape, (10, 64))
+        self.assertEqual(load().stats, self.vit.CIFAR10_STATS)
+        self.assertEqual(load(image_size=96).stats, ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+
+    def test_official_download(self):
+        """A name downloads the file from its publisher, unless its hash differs; heads are the name's."""
+        w, asked, get = random_vit(deit_shapes(96, 1, 16, 32, 96, 10)), [], self.vit.requests.get
+        body = self.pth("x", w, epoch=1).read_bytes()
+        server = Server(self, dict(body=body))
+
+        def redirected(url, **how):
+            asked.append(url)
+            return get(server.url, **how)
+
+        name, data = "deit_tiny_patch16_224", self.dir / "data"
+        published = "https://dl.fbaipublicfiles.com/deit/deit_tiny_patch16_224-a1311bcf.pth"
+        mine = published.replace("a1311bcf", hashlib.sha256(body).hexdigest()[:8])
+        flags = [*self.tiny, "--init", name, "--data_dir", data, "--steps", 1, "--out", self.dir / "o"]
+        with mock.patch.object(self.vit.requests, "get", redirected):
+            status, _, err = run("vit", *flags)
+            self.assertEqual(status, 2)
+            self.assertRegex(err.splitlines()[-1], r"\Avit\.py: .*sha256")
+            self.assertEqual([*data.iterdir()], [])
+            self.assertFalse((self.dir / "o").exists())
+            with mock.patch.dict(self.vit.OFFICIAL, {name: (mine, 3)}):
+                status, _, err = run("vit", *flags)
+                self.assertEqual(status, 0, err)
+                model = self.vit.ViT.from_pretrained(name, data_dir=data)
+        self.assertIn(f"of {len(body) / 1e6:.1f} MB", err)
+        self.assertEqual(asked, [published, mine])
+        self.assertEqual((model.blocks[0].attn.heads, model.settings["image_size"]), (3, 32))
+        self.assertTrue(torch.equal(model.head.weight, w["head.weight"]))
+
+    def test_official_refused(self):
+        w, name = random_vit(torchvision_vit_shapes(64, 2, 8, 24, 64)), "vit_b_16-c867db91.pth"
+        changes = (lambda w: w.pop("encoder.layers.encoder_layer_1.ln_2.weight"), lambda w: w.pop("conv_proj.weight"),
+                   lambda w: w.pop("encoder.pos_embedding"), lambda w: w.update(more=torch.ones(1)),
+                   lambda w: w.update({"encoder.pos_embedding": torch.zeros(1, 9, 64)}),
+                   lambda w: w.update({"encoder.layers.encoder_layer_0.mlp.linear_2.bias": torch.zeros(63)}))
+        for change in changes:
+            wrong = dict(w)
+            change(wrong)
+            self.bad(*self.tiny, "--init", self.pth(name, wrong), says=name)
+        marker = self.dir / "marker"
+        for content in (Evil(marker), {**w, "conv_proj.bias": Evil(marker)}, [1, 2], torch.ones(2), {"model": 3},
+                        {k: 1 for k in w}, random_weights(torchvision_shapes("resnet18"))):
+            self.bad(*self.tiny, "--init", self.pth(name, content), says=name)
+            self.assertFalse(marker.exists())
+        for content in (b"", b"cos\nmkdir\n(S'marker'\ntR.", self.pth(name, w).read_bytes()[:5000]):
+            (self.dir / name).write_bytes(content)
+            self.bad(*self.tiny, "--init", self.dir / name, says=name)
+        self.bad(*self.tiny, "--init", self.pth(name, w), "--image_size", 30, says="30")
+
+    def sibling(self, name, w, config, **more):
+        """A checkpoint as mae.py, ijepa.py and simclr.py write it, w being the encoder's part of it."""
+        saved = dict(model={"mask_token": torch.ones(1, 1, 8), **{f"encoder.{k}": t + 1 for k, t in w.items()}},
+                     model_config=dict(decoder_dim=8), config=dict(lr=1.0), step=7, encoder=w, encoder_config=config)
+        torch.save(saved | more, self.dir / name)
+        return self.dir / name
+
+    def test_siblings(self):
+        """The encoder of another script's checkpoint starts a fine-tune, with its own heads, size and pool."""
+        shapes = {k: s for k, s in deit_shapes(24, 2, 8, 32, 48).items() if not k.startswith("head.")}
+        config = dict(image_size=32, patch_size=8, dim=24, depth=2, heads=3)
+        for name, dropped, more in (("mae.pt", (), {}), ("ijepa.pt", "cls_token", dict(pos="sincos")),
+                                    ("simclr.pt", "cls_token", {})):
+            with self.subTest(name):
+                w = random_vit(shapes)
+                if dropped:
+                    w.pop(dropped)
+                    w["pos_embed"] = w["pos_embed"][:, 1:]
+                path = self.sibling(name, w, config | more)
+                a = self.train("a", "--init", path, "--freeze", "--lr", 0.05, "--steps", 4)
+                self.assertEqual({k for k in a.ckpt["model"]} - {*w}, {"head.weight", "head.bias"})
+                for k, t in w.items():
+                    self.same(a.ckpt["model"][k], t, k)
+                    self.same(a.ckpt["encoder"][k], t, k)
+                self.assertGreater(a.ckpt["model"]["head.weight"].abs().max().item(), 0.01)
+                self.assertEqual(a.ckpt["model_config"]["heads"], 3)
+                self.assertEqual(a.ckpt["config"]["pool"], "mean" if dropped else "cls")
+                self.assertEqual((a.ckpt["config"]["patch_size"], a.ckpt["config"]["image_size"]), (8, 0))
+                b = self.train("a", "--init", path, "--steps", 2, "--stop_at", 1)
+                moved = {k for k, t in w.items() if not torch.equal(b.ckpt["model"][k], t)}
+                # the head is 0: at first no gradient passes it, only decay, on the weights alone
+                self.assertTrue("blocks.0.mlp.fc1.weight" in moved and "norm.weight" not in moved, moved)
+                c = self.train("a", "--init", path, "--image_size", 40, "--steps", 2, "--labels", 0.1)
+                self.assertEqual(c.ckpt["model"]["pos_embed"].shape[1], 25 + ("cls_token" in w))
+                self.assertEqual(c.ckpt["config"]["image_size"], 40)
+                self.assertEqual("pos_embed" in {k for k, t in w.items() if not torch.equal(c.ckpt["model"][k], t)},
+                                 True)
+
+    def test_own_checkpoints(self):
+        """From a run's file: what the run evaluates, its average, with its head; encoder and encoder_config are
+        the encoder's part of that."""
+        flags = ["--conv_stem", "--pool", "cls", "--pos", "sincos", "--ema", 0.5]
+        for kind in (flags, []):
+            a = self.train("a", *kind)
+            model = self.vit.ViT(**a.ckpt["encoder_config"])
+            averaged = a.ckpt["ema" if kind else "model"]
+            model.load_state_dict(averaged)
+            self.same({k: t for k, t in averaged.items() if not k.startswith("head.")}, a.ckpt["encoder"])
+            loaded = self.vit.ViT.from_pretrained(a.out / "ckpt.pt")
+            self.assertEqual(loaded.settings, model.settings)
+            self.assertEqual([loaded.settings[name] for name in ("conv_stem", "pool", "pos")],
+                             [True, "cls", "sincos"] if kind else [False, "mean", "learned"])
+            x = torch.randn(2, 3, 32, 32)
+            with torch.no_grad():
+                self.same(loaded.eval().features(x), model.eval().features(x))
+                self.same(loaded(x), model(x))
+
+    def test_resnet_refused(self):
+        """A ResNet's checkpoint, resnet.py's or simclr.py's: a line that says what it is."""
+        w = random_weights(torchvision_shapes("resnet18"))
+        for name, more in (("resnet.pt", dict(model=w)), ("simclr.pt", {})):
+            path = self.sibling(name, w, dict(arch="resnet18"), **more)
+            if name == "resnet.pt":
+                torch.save({k: v for k, v in torch.load(path).items() if not k.startswith("encoder")}, path)
+            self.bad(*self.tiny, "--init", path, says=(name, "ResNet"))
+
+    # augmentation
+
+    def test_affine(self):
+        """Each kind and strength against a loop over pixels, on images that are not square."""
+        x = 255 * torch.rand(5, 3, 7, 10).double()
+        for strengths in ((-1.0, 0.73, 1.0, -0.9, 0.4), (0.21, -0.5, -0.35, 1.0, -1.0)):
+            got = self.vit.affine(x, torch.arange(5), torch.tensor(strengths, dtype=torch.double))
+            for n, s in enumerate(strengths):
+                self.close(got[n], slow_affine(x[n], n, s), 1e-10, f"kind {n}, strength {s}")
+        x = torch.arange(1.0, 10).view(1, 1, 1, 9).repeat(1, 3, 9, 1)  # 0.6 of half an image is 2.7 pixels
+        moved = self.vit.affine(x, torch.tensor([2]), torch.tensor([10 / 27]))
+        self.close(moved[0, 0, 0], torch.tensor([2., 3, 4, 5, 6, 7, 8, 9, 9]), 1e-5)
+
+    def test_colours(self):
+        """Each operation and strength against a loop over pixels; through trivial_augment, cut to 0 to 255."""
+        self.assertEqual(len(self.vit.AFFINE) + len(self.vit.COLOUR), 14)
+        images = torch.stack([self.images(1, 6)[0], self.images(1, 6, 1)[0] // 3 + 80])[..., :5]
+        images[1, 2] = 77  # of one value
+        images[1, 1] = 80 + images[1, 1] % 2  # of two
+        for s, k in itertools.product((-1.0, -0.6, -0.1, 0.3, 0.65, 1.0), range(9)):
+            got = self.vit.trivial_augment(images, np.array([5 + k] * 2), np.array([s] * 2))
+            self.assertEqual(got.dtype, torch.float32)
+            raw = self.vit.COLOUR[k](images.float(), torch.full((2, 1, 1, 1), s))
+            for n in range(2):
+                want = slow_colour(images[n].double(), k, s)
+                self.close(raw[n], want, 1e-5, f"operation {k}, strength {s}")
+                self.close(got[n], want.clamp(0, 255), 1e-5, f"operation {k}, strength {s}")
+
+    def test_equalized(self):
+        """At full strength ranks are even, and a channel's ends are 0 and 255 with autocontrast."""
+        x = torch.randperm(256).view(1, 1, 16, 16).repeat(1, 3, 1, 1).float() / 4  # four pixels of each of 64 values
+        one = torch.ones(1, 1, 1, 1)
+        values, counts = self.vit.equalize(x.floor(), one).unique(return_counts=True)
+        self.close(values, torch.arange(1, 65) * 255 / 64, 1e-6)
+        self.assertEqual(set(counts.tolist()), {12})
+        y = self.vit.autocontrast(x.floor(), -one)
+        self.assertEqual((y.min().item(), y.max().item()), (0, 255))
+
+    def test_strength_0(self):
+        """Every distortion of strength 0 is none."""
+        x = self.images(14)
+        x[..., 0, :2] = torch.tensor([0, 255])
+        y = self.vit.trivial_augment(x, np.arange(14), np.zeros(14))
+        self.same(y[5:], x[5:].float())
+        self.close(y[:5], x[:5], 1e-5)
+        x = self.images(14)  # without 0 and 255
+        one = self.vit.trivial_augment(x, np.arange(14), np.ones(14))
+        changed = [not torch.allclose(a, b.float(), atol=1e-2) for a, b in zip(one, x)]
+        self.assertEqual(changed, [k != 5 for k in range(14)])
+
+    def test_independent(self):
+        """An image's distortion is its own: alone it is as among others, and the batch given is left as it was."""
+        rng, x = np.random.default_rng(0), self.images(60)
+        kind, strength, before = rng.integers(14, size=60), rng.uniform(-1, 1, 60), x.clone()
+        y = self.vit.trivial_augment(x, kind, strength)
+        self.same(x, before)
+        for n in range(60):
+            alone = self.vit.trivial_augment(x[n:n + 1], kind[n:n + 1], strength[n:n + 1])
+            self.close(y[n:n + 1], alone, 1e-5, f"kind {kind[n]}")
+            want = (slow_affine(x[n].double(), kind[n], strength[n]) if kind[n] < 5 else
+                    slow_colour(x[n].double(), kind[n] - 5, strength[n])).clamp(0, 255)
+            self.close(y[n], want, 1e-4, f"kind {kind[n]}")
+
+    def test_boxes(self):
+        """Against a loop over pixels: a rectangle of its share and aspect around its centre, cut off at borders."""
+        rng = np.random.default_rng(0)
+        share, aspect = rng.uniform(0, 1, 40), rng.uniform(0.3, 3.3, 40)
+        centre = rng.uniform(0, 1, (2, 40))
+        share[0], share[1], aspect[1], centre[:, 1] = 0, 1, 1, 0.5
+        got = self.vit.boxes(12, *(torch.from_numpy(a) for a in (share, aspect, centre)))
+        for n in range(40):
+            height, width = 12 * (share[n] * aspect[n]) ** 0.5, 12 * (share[n] / aspect[n]) ** 0.5
+            y, x = 12 * centre[:, n]
+            want = [[y - height / 2 < i + 0.5 < y + height / 2 and x - width / 2 < j + 0.5 < x + width / 2
+                     for j in range(12)] for i in range(12)]
+            self.assertEqual(got[n].tolist(), want, n)
+        self.assertEqual((got[0].sum().item(), got[1].sum().item()), (0, 144))
+        inside = self.vit.boxes(200, torch.full((9,), 0.1), torch.linspace(0.3, 3, 9), torch.full((2, 9), 0.5))
+        self.close(inside.double().mean((1, 2)), torch.full((9,), 0.1), 0.04)
+        corner = self.vit.boxes(200, torch.tensor([0.36]), torch.ones(1), torch.zeros(2, 1))
+        self.assertEqual(corner.float().mean().item(), torch.tensor(0.09).item())
+
+    def batch(self, n=40, step=0, slot=0, slots=1, teacher=None, size=8, **more):
+        """A batch of n images, each of a class of its own: what augmented_batch gives, and of each image its number,
+        its share, its partner's number, and the two as they are without any augmentation."""
+        c, images = self.config(**{"crop": 0, "flip": False, "batch_size": n} | more), self.images(n, size)
+        with mock.patch.object(self.vit, "trivial_augment", wraps=self.vit.trivial_augment) as spy:
+            x, targets, hints = self.vit.augmented_batch(c, images, torch.arange(n), teacher, n,
+                                                         self.vit.CIFAR10_STATS, step, slot, slots)
+        bare = self.config(crop=0, flip=False, batch_size=c.batch_size, seed=c.seed)
+        plain = self.vit.augmented_batch(bare, images, torch.arange(n), None, n, self.vit.CIFAR10_STATS, step, slot,
+                                         slots)[1]
+        own, (mean, std) = plain.argmax(1), self.vit.CIFAR10_STATS
+        self.same(plain, F.one_hot(own, n).float())
+        clean = torch.stack([(images[own][:, k] / 255 - mean[k]) / std[k] for k in range(3)], 1)
+        other = own.flip(0)
+        self.close(targets.sum(1), torch.ones(len(own)), 1e-6)
+        rest = targets.clone()
+        rest[torch.arange(len(own)), own] = rest[torch.arange(len(own)), other] = 0
+        self.assertEqual(rest.abs().max().item(), 0)
+        return SimpleNamespace(c=c, x=x, targets=targets, hints=hints, own=own, other=other, clean=clean,
+                               share=targets[torch.arange(len(own)), own], images=images, spy=spy)
+
+    def test_batches(self):
+        """What is in a batch depends on seed, step and slot alone; slots share a step's images, each with draws of
+        its own; without augmentation a batch is the images themselves."""
+        np.random.seed(8)
+        all_on = dict(n=40, batch_size=8, crop=2, flip=True, trivial=True, erase=0.5, mixup=0.8, cutmix=1.0, slots=2)
+        a = self.batch(**all_on, step=7, slot=1)
+        np.random.seed(9)
+        torch.manual_seed(9)
+        b = self.batch(**all_on, step=7, slot=1)
+        self.same([a.x, a.targets], [b.x, b.targets])
+        for other in (dict(step=7, slot=0), dict(step=8, slot=1), dict(step=7, slot=1, seed=1)):
+            b = self.batch(**all_on, **other)
+            self.assertNotEqual(a.own.tolist(), b.own.tolist())
+            self.assertFalse(torch.equal(a.share, b.share))
+        state = torch.get_rng_state()
+        self.batch(**all_on)
+        self.same(torch.get_rng_state(), state)
+        for step in range(5):
+            slots = [self.batch(step=step, slot=slot, slots=2, batch_size=4).own.tolist() for slot in range(2)]
+            self.assertEqual(sum(slots, []), self.batch(step=step, batch_size=8).own.tolist())
+        plain = self.batch(n=8)
+        self.assertEqual(sorted(plain.own.tolist()), list(range(8)))
+        self.close(plain.x, plain.clean, 1e-6)
+        self.close(self.batch(n=8, image_size=16).x, F.interpolate(plain.clean, (16, 16), mode="bilinear"), 1e-5)
+
+    def test_moved_and_mirrored(self):
+        """Each image moved by its own number of pixels, mirrored or not, and by as many as --crop says."""
+        seen = set()
+        for step in range(3):
+            b = self.batch(crop=2, flip=True, step=step)
+            padded = np.pad(b.images[b.own].numpy(), ((0, 0), (0, 0), (2, 2), (2, 2)), mode="reflect")
+            mean, std = (np.array(s)[:, None, None] for s in self.vit.CIFAR10_STATS)
+            for n in range(40):
+                views = {(y, x, m): padded[n, :, y:y + 8, x:x + 8][:, :, ::-1 if m else 1]
+                         for y, x, m in itertools.product(range(5), range(5), (False, True))}
+                [view] = [k for k, v in views.items() if abs((v / 255 - mean) / std - b.x[n].numpy()).max() < 1e-4]
+                seen.add(view)
+        self.assertGreater(len(seen), 40)  # of 50, in 120 draws
+        for part, values in enumerate((5, 5, 2)):
+            self.assertEqual(len({view[part] for view in seen}), values)
+
+    def test_mixup(self):
+        """Each image and its label blended with another's in the same shares, which are Beta(α, α)."""
+        shares = []
+        for alpha, step in itertools.product((0.3, 1.0), range(20)):
+            b = self.batch(mixup=alpha, step=step)
+            w = b.share[:, None, None, None]
+            self.close(b.x, w * b.clean + (1 - w) * b.clean.flip(0), 1e-5)
+            shares.append(b.share)
+        for alpha, s in ((0.3, torch.cat(shares[:20])), (1.0, torch.cat(shares[20:]))):
+            self.assertAlmostEqual(s.mean().item(), 0.5, delta=5 * s.std().item() / 800**0.5)
+            self.assertAlmostEqual(s.var().item() * 4 * (2 * alpha + 1), 1, delta=0.2)
+        self.assertGreater(len(s.unique()), 700)  # each image its own
+
+    def cuts(self, b):
+        """The pixels (B, 8, 8) that are the other image's; all others are the image's own."""
+        theirs = (b.x - b.clean.flip(0)).abs().amax(1) < 1e-4
+        self.assertTrue((theirs | ((b.x - b.clean).abs().amax(1) < 1e-4)).all())
+        return theirs
+
+    def rectangle(self, mask):
+        """Its rows and columns; it has no holes."""
+        rows, columns = mask.any(1).nonzero().flatten(), mask.any(0).nonzero().flatten()
+        if len(rows):
+            self.assertTrue(mask[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1].all())
+            self.assertEqual(mask.sum().item(), len(rows) * len(columns))
+        return rows.tolist(), columns.tolist()
+
+    def test_cutmix(self):
+        """A box of each image is another's; labels have the areas' shares; boxes lie anywhere, cut off at borders."""
+        at, areas = collections.Counter(), []
+        for step in range(10):
+            b = self.batch(cutmix=1.0, step=step)
+            theirs = self.cuts(b)
+            self.close(1 - b.share, theirs.float().mean((1, 2)), 1e-6)
+            for mask in theirs:
+                rows, columns = self.rectangle(mask)
+                areas.append(len(rows) * len(columns) / 64)
+                at.update([("row", i) for i in rows] + [("column", j) for j in columns])
+                at["cut"] += abs(len(rows) - len(columns)) > 1
+        self.assertEqual(len(at), 17)
+        self.assertGreater(at["cut"], 40)  # a square before it was cut
+        # E[side that is left] per direction: share 1 - λ uniform, centre uniform
+        grid = torch.linspace(0, 1, 401)[1:-1]
+        half, m = grid.sqrt()[:, None] / 2, grid[None]
+        side = (m + half).clamp(max=1) - (m - half).clamp(min=0)
+        self.assertAlmostEqual(statistics.mean(areas), side.mean(1).square().mean().item(), delta=0.06)
+
+    def test_mixup_or_cutmix(self):
+        """With both, a coin for each batch."""
+        kinds = []
+        for step in range(60):
+            b = self.batch(n=10, mixup=0.8, cutmix=1.0, step=step)
+            w = b.share[:, None, None, None]
+            kinds.append(torch.allclose(b.x, w * b.clean + (1 - w) * b.clean.flip(0), atol=1e-4))
+            if not kinds[-1]:
+                self.cuts(b)
+        self.assertTrue(12 < sum(kinds) < 48, kinds)
+
+    def test_erase(self):
+        """A rectangle of some images, in a probability, is normal noise; 2% to a third of the image before it is cut
+        off, 0.3 to 3.3 times as high as wide; all else stays."""
+        erased, areas, noise, n = 0, [], [], 0
+        for step in range(4):
+            b = self.batch(n=60, erase=0.3, step=step, size=32)
+            changed = ((b.x - b.clean).abs() > 1e-4).any(1)
+            for k, mask in enumerate(changed):
+                rows, columns = self.rectangle(mask)
+                if rows:
+                    self.assertLessEqual(len(rows) * len(columns) / 1024, 0.33 + 0.05)
+                    if 0 < rows[0] and rows[-1] < 31 and 0 < columns[0] and columns[-1] < 31:
+                        areas.append(len(rows) * len(columns) / 1024)
+                        self.assertTrue(0.25 < len(rows) / len(columns) < 4)
+                    noise.append(b.x[k][:, mask].flatten())
+                    erased += 1
+                n += 1
+        self.assertAlmostEqual(erased / n, 0.3, delta=5 * (0.21 / n) ** 0.5)
+        noise = torch.cat(noise)
+        self.assertLess(abs(noise.mean().item()), 0.05)
+        self.assertAlmostEqual(noise.std().item(), 1, delta=0.05)
+        self.assertTrue(min(areas) < 0.08 < 0.12 < max(areas), (min(areas), max(areas)))
+        every = self.batch(n=60, erase=1.0, size=32)
+        self.assertTrue(((every.x - every.clean).abs() > 1e-4).flatten(1).any(1).all())
+        self.assertFalse(torch.equal(every.x[0], self.batch(n=60, erase=1.0, size=32, seed=1).x[0]))
+
+    def test_trivial_draws(self):
+        """Each image draws its kind, 1 of 14, and its strength, from -1 to 1; the batch is what these make of it."""
+        kinds, strengths = [], []
+        for step in range(20):
+            b = self.batch(trivial=True, step=step)
+            [(x, kind, strength)] = [call.args for call in b.spy.call_args_list]
+            self.same(x.float(), b.images[b.own].float())
+            mean, std = (torch.tensor(s).view(3, 1, 1) for s in self.vit.CIFAR10_STATS)
+            want = (self.vit.trivial_augment(x, kind, strength) / 255 - mean) / std
+            self.close(b.x, want, 1e-6)
+            kinds += kind.tolist()
+            strengths += strength.tolist()
+        counts = collections.Counter(kinds)
+        self.assertEqual(sorted(counts), list(range(14)))
+        for count in counts.values():
+            self.assertAlmostEqual(count / 800, 1 / 14, delta=5 * (13 / 14**2 / 800) ** 0.5)
+        strengths = torch.tensor(strengths)
+        self.assertTrue(-1 <= strengths.min() < -0.95 and 0.95 < strengths.max() <= 1)
+        self.assertAlmostEqual(strengths.var().item(), 1 / 3, delta=0.05)
+
+    # objective and optimiser
+
+    def test_hints(self):
+        """The teacher's row of each image, of its mirror where it is mirrored; soft at a temperature, or hard; mixed
+        as the images are."""
+        teacher = 3 * torch.randn(40, 2, 40)
+        for how in (dict(), dict(mixup=1.0), dict(cutmix=1.0), dict(hard=True, teacher="x"),
+                    dict(hard=True, teacher="x", mixup=1.0), dict(temperature=0.5), dict(trivial=True, erase=0.5)):
+            kinds = how | ({"teacher": str(self.pth("x", {}))} if "teacher" in how else {})
+            c = self.config(**{"crop": 0, "batch_size": 40} | kinds)
+            images = self.images(40)
+            stats = self.vit.CIFAR10_STATS
+            x, targets, hints = self.vit.augmented_batch(c, images, torch.arange(40), teacher, 40, stats, 3, 0, 1)
+            plain = self.vit.augmented_batch(self.config(crop=0, batch_size=40), images, torch.arange(40), None, 40,
+                                             stats, 3, 0, 1)
+            own = plain[1].argmax(1)
+            mirrored = [not torch.allclose(a, b, atol=1e-4) for a, b in
+                        zip(plain[0], self.vit.normalise(images[own], stats))]
+            self.assertTrue(8 < sum(mirrored) < 32)
+            want = torch.zeros(40, 40).double()
+            for n, (k, m) in enumerate(zip(own.tolist(), mirrored)):
+                logits = teacher[k, int(m)].double()
+                if c.hard:
+                    want[n, logits.argmax()] = 1
+                else:
+                    e = (logits / c.temperature).exp()
+                    want[n] = e / e.sum()
+            share = targets[torch.arange(40), own][:, None]
+            self.close(hints, share * want + (1 - share) * want.flip(0), 1e-5)
+            self.assertEqual(len(share.unique()) > 5, bool(c.mixup or c.cutmix))
+        self.assertIsNone(plain[2])
+
+    def test_teacher(self):
+        """The file's rows for the images that are trained on: all but the last 60, with --full_train those too, and
+        of each class the same fraction."""
+        logits = np.random.default_rng(0).normal(size=(300, 2, 10)).astype(np.float32)
+        np.save(self.dir / "t.npy", logits)
+        images = torch.cat([self.draw(n, seed)[0] for n, seed in ((240, 1), (60, 2))])
+        row = {x.numpy().tobytes(): n for n, x in enumerate(images)}
+        for labels, full, n in ((1.0, False, 240), (1.0, True, 300), (0.25, False, 60), (0.5, True, 150)):
+            c = self.config(labels=labels, full_train=full)
+            got = self.vit.load_teacher(self.dir / "t.npy", c, 10, 60)
+            x, _ = self.vit.load_images(c)[0]
+            self.assertEqual((len(got), len(x)), (n, n))
+            for hints, image in zip(got, x):
+                self.assertTrue(np.array_equal(hints, logits[row[image.numpy().tobytes()]]))
+        flags = [*self.tiny, "--teacher", self.dir / "t.npy"]
+        for wrong in (logits[:-1], logits[:, :1], logits[:, 0], logits[..., :9], np.where(logits > 2, np.nan, logits),
+                      np.array("text"), np.float32(3)):
+            np.save(self.dir / "t.npy", wrong)
+            self.bad(*flags, says="t.npy")
+        np.save(self.dir / "t.npy", np.array([Evil(self.dir / "marker")]), allow_pickle=True)
+        self.bad(*flags, says="t.npy")
+        for content in (b"", b"text", (self.dir / "t.npy").read_bytes()[:-9]):
+            (self.dir / "t.npy").write_bytes(content)
+            self.bad(*flags, says="t.npy")
+        self.assertFalse((self.dir / "marker").exists())
+
+    def test_objective(self):
+        """Cross-entropy with smoothed targets, sample by sample; the teacher's term has the gradient of T² times the
+        divergence from its probabilities at temperature T."""
+        z, teacher = torch.randn(6, 5).double().requires_grad_(), 3 * torch.randn(6, 5).double()
+        targets, path = torch.rand(6, 5).double(), str(self.pth("x", {}))
+        targets = targets / targets.sum(1, keepdim=True)
+        plain = sum(-((0.8 * t + 0.2 / 5) * (row - row.exp().sum().log())).sum() for t, row in zip(targets, z)) / 6
+        c = self.config(label_smoothing=0.2, distill=0.3, temperature=3.0, teacher=path)
+        self.close(self.vit.objective(z, targets, None, c), plain, 1e-12)
+        hints = (teacher / 3).softmax(1)
+        divergence = F.kl_div((z / 3).log_softmax(1), hints, reduction="batchmean")
+        got = self.vit.objective(z, targets, hints, c)
+        want = 0.7 * plain + 0.3 * 9 * divergence
+        self.close(torch.autograd.grad(got, z)[0], torch.autograd.grad(want, z)[0], 1e-12)
+        entropy = -(hints * hints.log()).sum(1).mean()
+        self.close(got, (0.7 * plain + 2.7 * (divergence + entropy)), 1e-12)
+        hard, choice = dataclasses.replace(c, hard=True), teacher.argmax(1)
+        want = 0.7 * plain - 0.3 * z.log_softmax(1)[torch.arange(6), choice].mean()
+        self.close(self.vit.objective(z, targets, F.one_hot(choice, 5).double(), hard), want, 1e-12)
+
+    def test_groups(self):
+        """Each parameter that is trained is in one group: decay on matrices alone, rates that fall with depth."""
+        for decay, freeze, how in itertools.product((1.0, 0.5), (False, True), (
+                dict(pool="cls"), dict(pool="mean", pos="sincos"), dict(pool="cls", conv_stem=True))):
+            model, _ = self.model(depth=3, **how)
+            names = {id(p): name for name, p in model.named_parameters()}
+            c = self.config(lr=0.4, layer_decay=decay, weight_decay=0.01, freeze=freeze)
+            optimizer = self.vit.adamw(model, c)
+            groups = [(names[id(p)], p, g) for g in optimizer.param_groups for p in g["params"]]
+            want = {name for name in names.values() if not freeze or name.startswith("head.")}
+            self.assertEqual(sorted(name for name, *_ in groups),
+                             sorted(want - ({"pos_embed"} if how.get("pos") == "sincos" else set())))
+            self.assertEqual({name for name, p in model.named_parameters() if p.requires_grad},
+                             {name for name, *_ in groups})
+            for name, p, group in groups:
+                block = re.match(r"blocks\.(\d)", name)
+                layer = int(block[1]) + 1 if block else 4 if name.startswith(("norm", "head")) else 0
+                self.assertAlmostEqual(group["peak"], 0.4 * decay ** (4 - layer), msg=name)
+                weight = name.endswith("weight") and "norm" not in name and p.dim() > 1
+                self.assertEqual(group["weight_decay"], 0.01 if weight else 0, name)
+                self.assertEqual((group["betas"], group["eps"]), ((0.9, 0.999), 1e-8))
+            self.assertLess(len(optimizer.param_groups), 12)
+
+    def step(self, c, model, train, optimizer, step, ema=None, teacher=None):
+        """A step of training; the loss and accuracy that it returned."""
+        return self.vit.vit_step(model, model, ema, optimizer, contextlib.nullcontext(), train, teacher, c, step,
+                                 c.steps, 0, 1).tolist()
+
+    def test_step(self):
+        """Steps from their equations: the batch's gradient, cut to a length, AdamW, the schedule, layers' rates; and
+        the average of the weights."""
+        train = self.images(40, 12), torch.arange(40) % 5
+        for accum, clip in ((1, 0.0), (2, 0.05)):
+            model = self.model(depth=1)[0].float()
+            c = self.config(grad_accum=accum, label_smoothing=0.2, weight_decay=0.3, lr=0.01, mixup=0.5, steps=6,
+                            layer_decay=0.5, clip=clip, ema=0.3, teacher=str(self.pth("x", {})), warmup=2)
+            slow, ema, teacher = copy.deepcopy(model).double(), copy.deepcopy(model), torch.randn(40, 2, 5)
+            average = {k: t.double().clone() for k, t in ema.named_parameters()}
+            m, v = ({k: torch.zeros_like(p) for k, p in slow.named_parameters()} for _ in range(2))
+            optimizer, cut = self.vit.adamw(model, c), []
+            for step in range(5):
+                returned = self.step(c, model, train, optimizer, step, ema, teacher)
+                x, y, hints = (torch.cat(t).double() for t in zip(*(self.vit.augmented_batch(
+                    c, *train, teacher, 5, self.vit.CIFAR10_STATS, step, s, accum) for s in range(accum))))
+                logits = slow(x)
+                smooth = 0.8 * y + 0.2 / 5
+                loss = -(0.5 * smooth * logits.log_softmax(1) + 2 * hints * (logits / 2).log_softmax(1)).sum(1).mean()
+                self.assertAlmostEqual(returned[0], loss.item(), delta=1e-5)
+                right = (logits.argmax(1) == y.argmax(1)).double().mean().item()
+                self.assertAlmostEqual(returned[1], right, delta=1e-6)
+                grads = torch.autograd.grad(loss, slow.parameters())
+                norm = sum(g.square().sum() for g in grads).sqrt().item()
+                cut.append(norm > clip)
+                rate = 0.01 * ((step + 1) / 3 if step < 2 else (1 + math.cos(math.pi * (step - 2) / 4)) / 2)
+                decay = min(0.3, (step + 1) / (step + 10))
+                with torch.no_grad():
+                    for (k, p), g in zip(slow.named_parameters(), grads):
+                        g = g * min(1, clip / norm) if clip else g
+                        m[k], v[k] = 0.9 * m[k] + 0.1 * g, 0.999 * v[k] + 0.001 * g.square()
+                        here = rate * (1 if k.startswith(("norm", "head")) else 0.5 if "blocks" in k else 0.25)
+                        matrix = p.dim() > 1 and k not in ("cls_token", "pos_embed")
+                        p *= 1 - here * 0.3 * matrix
+                        p -= here * (m[k] / (1 - 0.9 ** (step + 1))) / (
+                            (v[k] / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+                        average[k] = decay * average[k] + (1 - decay) * p
+            self.assertTrue(all(cut))
+            for (k, p), q, a in zip(model.named_parameters(), slow.parameters(), ema.parameters()):
+                if k.endswith("qkv.bias"):  # keys' biases have no gradient but rounding
+                    p, q, a, average[k] = (t.detach().clone() for t in (p, q, a, average[k]))
+                    for t in (p, q, a, average[k]):
+                        t[24:48] = 0
+                self.close(p, q, 2e-4, k)
+                self.close(a, average[k], 2e-4, k)
+
+    def test_evaluate(self):
+        """Loss and accuracy, image by image, in evaluation, at --image_size."""
+        model = self.model(image_size=16, drop_path=0.5)[0].float().train()
+        images, labels, null = self.images(510), torch.arange(510) % 5, contextlib.nullcontext()
+        scores = self.vit.evaluate(model, images, labels, self.config(image_size=16), null)
+        losses, hits = [], []
+        with torch.no_grad():
+            for image, label in zip(images, labels):
+                logits = model.eval()(self.vit.normalise(image[None], self.vit.CIFAR10_STATS, 16))[0].double()
+                losses.append(-logits.softmax(0)[label].log().item())
+                hits.append(float(logits.argmax() == label))
+        self.assertAlmostEqual(scores["val_loss"] / statistics.mean(losses), 1, delta=1e-5)
+        self.assertAlmostEqual(scores["val_accuracy"], statistics.mean(hits), places=9)
+
+    # pictures
+
+    def test_attention_maps(self):
+        """Each block's and head's weights against nn.MultiheadAttention's, along the network."""
+        for pool in ("cls", "mean"):
+            model, _ = self.model(pool=pool)
+            x = torch.randn(2, 3, 12, 12).double()
+            maps = self.vit.attention_maps(model, x)
+            tokens = model.tokens(x)
+            for block, layer, got in zip(model.blocks, self.their_encoder(model).layers, maps, strict=True):
+                y = layer.norm1(tokens)
+                _, want = layer.self_attn(y, y, y, average_attn_weights=False)
+                self.close(got, want, 1e-12)
+                tokens = layer(tokens)
+
+    def test_rollout(self):
+        """Against a sum over all paths through the blocks; rows sum to 1."""
+        maps = [(2 * torch.randn(2, 3, 5, 5)).softmax(-1) for _ in range(3)]
+        got = self.vit.rollout(maps)
+        self.close(got.sum(-1), torch.ones(2, 5), 1e-6)
+        for b in range(2):
+            steps = [[[0.5 * (i == j) + sum(m[b, h, i, j].item() for h in range(3)) / 6 for j in range(5)]
+                      for i in range(5)] for m in maps]
+            want = torch.zeros(5, 5).double()
+            for out, third, second, first in itertools.product(range(5), repeat=4):
+                want[out, first] += steps[2][out][third] * steps[1][third][second] * steps[0][second][first]
+            self.close(got[b], want, 1e-6)
+
+    def test_png(self):
+        """A decoder written from the format's description finds the pixels; Pillow too, where it is."""
+        for shape in ((1, 1, 3), (5, 7, 3), (40, 30, 3)):
+            image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+            self.vit.write_png(self.dir / "x.png", image)
+            self.assertTrue(np.array_equal(slow_png(self.dir / "x.png"), image))
+            with contextlib.suppress(ImportError):
+                from PIL import Image
+                self.assertTrue(np.array_equal(np.array(Image.open(self.dir / "x.png")), image))
+        rows = [[self.images(1, 4)[0], 300 * torch.ones(3, 2, 2)], [torch.full((3, 1, 1), -9.0)]]
+        self.vit.write_sheet(self.dir / "x.png", rows, side=8)
+        got = slow_png(self.dir / "x.png")
+        self.assertEqual(got.shape, (28, 28, 3))
+        want = np.full((28, 28, 3), 255)
+        want[4:12, 4:12] = rows[0][0].repeat_interleave(2, 1).repeat_interleave(2, 2).permute(1, 2, 0)
+        want[16:24, 4:12] = 0
+        self.assertTrue(np.array_equal(got, want))
+
+    def tile(self, sheet, i, j, side=96):
+        return sheet[4 + i * (side + 4):, 4 + j * (side + 4):][:side, :side].astype(float)
+
+    def test_draw_attention(self):
+        """Of each image: itself, its rollout and each head of the last block, as light on it; from the class token,
+        or from the mean of all patches."""
+        for pool in ("cls", "mean"):
+            model = self.model(image_size=32, patch_size=8, pool=pool, depth=3, drop_path=0.9)[0].float().train()
+            images, first = self.images(2, 32), int(pool == "cls")
+            self.vit.draw_attention(model, images, self.dir / "a.png")
+            sheet = slow_png(self.dir / "a.png")
+            self.assertEqual(sheet.shape, (204, 504, 3))
+            with torch.no_grad():
+                maps = self.vit.attention_maps(model.eval(), self.vit.normalise(images, model.stats))
+            for n in range(2):
+                want = images[n].repeat_interleave(3, 1).repeat_interleave(3, 2).permute(1, 2, 0)
+                self.assertTrue(np.array_equal(self.tile(sheet, n, 0), want))
+                for j, look in enumerate([self.vit.rollout(maps)[n], *maps[-1][n]], 1):
+                    look = look[0, 1:] if first else look.mean(0)
+                    light = F.interpolate((look / look.max()).view(1, 1, 4, 4), (32, 32), mode="bilinear")[0]
+                    small = self.tile(sheet, n, j)[1::3, 1::3]
+                    self.close(small, (images[n] * (0.15 + 0.85 * light)).permute(1, 2, 0), 0.003)
+
+    def test_draw_positions(self):
+        """A tile for each patch: the cosines of its position with all others, from black, -1, to white, 1."""
+        for pool in ("cls", "mean"):
+            model, _ = self.model(image_size=16, pool=pool)
+            self.vit.draw_positions(model, self.dir / "p.png")
+            sheet, table = slow_png(self.dir / "p.png"), model.pos_embed[0, int(pool == "cls"):]
+            for i, j, k, m in itertools.product(range(4), repeat=4):
+                cosine = F.cosine_similarity(table[4 * i + j], table[4 * k + m], 0).item()
+                shade = self.tile(sheet, i, j, 128)[32 * k:32 * k + 32, 32 * m:32 * m + 32]
+                self.assertEqual(shade.min(), shade.max())
+                self.assertAlmostEqual(shade[0, 0, 0], 255 * (1 + cosine) / 2, delta=0.51)
+
+    def test_show_augment(self):
+        """A sheet of eight images and what eight steps see of each; nothing else is written or trained."""
+        for how in ([], ["--trivial", "--erase", 0.3, "--mixup", 0.5, "--cutmix", 1, "--image_size", 16]):
+            status, text, err = run("vit", "--show_augment", "--out", self.dir / "o", "--batch_size", 4, *how)
+            self.assertEqual((status, err), (0, ""))
+            self.assertEqual([p.name for p in (self.dir / "o").iterdir()], ["augment.png"])
+            self.assertIn(f"{self.dir}/o/augment.png", text)
+            sheet = slow_png(self.dir / "o/augment.png")
+            self.assertEqual(sheet.shape, (804, 904, 3))
+            images = self.draw(240, 1)[0][:8]
+            for n, image in enumerate(images):
+                self.assertTrue(np.array_equal(self.tile(sheet, n, 0)[1::3, 1::3], image.permute(1, 2, 0)))
+                if how:
+                    continue
+                padded = np.pad(image.numpy(), ((0, 0), (4, 4), (4, 4)), mode="reflect")
+                views = [padded[:, y:y + 32, x:x + 32] for y in range(9) for x in range(9)]
+                views = np.stack([v.transpose(1, 2, 0) for view in views for v in (view, view[:, :, ::-1])])
+                for j in range(1, 9):  # each is the image moved and mirrored
+                    far = abs(views - self.tile(sheet, n, j)[1::3, 1::3]).max((1, 2, 3))
+                    self.assertLessEqual(far.min(), 1)
+
+    # runs
+
+    def test_files(self):
+        """What a run leaves, and what its rows and checkpoints say."""
+        a = self.train("a", "--ema", 0.5)
+        self.assertEqual({p.name for p in a.out.iterdir()}, {"config.json", "log.jsonl", "curves.svg", "ckpt.pt",
+                                                             "best.pt", "attention.png", "positions.png"})
+        config = json.loads((a.out / "config.json").read_text())
+        self.assertEqual((config, config["pool"]), (a.ckpt["config"], "mean"))
+        self.assertEqual(a.ckpt["encoder_config"], dict(
+            image_size=32, patch_size=4, dim=32, depth=2, heads=2, num_classes=10, mlp_ratio=4.0, pool="mean",
+            pos="learned", conv_stem=False))
+        self.assertEqual(list(a.losses), [3, 6, 9, 12])
+        self.assertEqual(list(a.val), [0, 6, 12])
+        self.assertAlmostEqual(a.val[0], math.log(10), places=5)  # the head is 0
+        macs = self.vit.count_macs(self.vit.ViT(**a.ckpt["encoder_config"]), 32)
+        for row in a.rows:
+            if "loss" in row:
+                self.assertLessEqual({"loss", "lr", "ms", "seconds", "images_per_s", "train_accuracy"}, set(row))
+                self.assertAlmostEqual(row["pflop"] / (6e-15 * macs * 16 * row["step"]), 1, places=6)
+        last = a.rows[-1]
+        self.assertTrue(last["final"] and last["peak_mb"] > 0)
+        best = torch.load(a.out / "best.pt", weights_only=True)
+        model = self.vit.ViT(**best["encoder_config"])
+        model.load_state_dict(best["ema"])
+        x, y = self.draw(60, 3)
+        with torch.no_grad():
+            right = model.eval()(self.vit.normalise(x, self.vit.CIFAR10_STATS)).argmax(1) == y
+        self.assertEqual(last["test_accuracy"], right.double().mean().item())
+        self.assertEqual(slow_png(a.out / "attention.png").shape, (10 * 100 + 4, 4 * 100 + 4, 3))
+        names = [e.text for e in xml.etree.ElementTree.parse(a.out / "curves.svg").iter() if e.tag.endswith("text")]
+        self.assertLessEqual({"train", "val", "step", "accuracy"}, {*names})
+
+    def teacher(self):
+        """A file of logits of all 300 training images and their mirrors."""
+        np.save(self.dir / "t.npy", np.random.default_rng(0).normal(size=(300, 2, 10)).astype(np.float32))
+        return self.dir / "t.npy"
+
+    def test_overfits(self):
+        """64 images are learned by heart."""
+        with mock.patch.dict(self.vit.SIZES, mini=(64, 2, 2)), \
+                mock.patch.object(self.vit, "make_shapes", lambda n, seed: drawn(self.draw, 64, seed)):
+            a = self.train("a", "--steps", 100, "--eval_every", 100, "--log_every", 10, "--batch_size", 64, "--crop",
+                           0, "--no-flip", "--lr", 0.003, "--label_smoothing", 0, "--patch_size", 8)
+        accuracies = [row["train_accuracy"] for row in a.rows if "train_accuracy" in row]
+        self.assertLess(accuracies[0], 0.7)
+        self.assertEqual(accuracies[-1], 1.0)
+        self.assertLess(a.losses[100], 0.2)
+
+    def test_resume(self):
+        """12 steps are 6, stop, resume, 6 more: bit for bit, with all that is random or averaged."""
+        teacher = ["--teacher", self.teacher()]
+        for kind in (["--ema", 0.5, "--drop_path", 0.4, "--mixup", 0.8, "--cutmix", 1, "--trivial", "--erase", 0.3,
+                      *teacher, "--distill", 0.4, "--grad_accum", 2, "--batch_size", 8],
+                     ["--conv_stem", "--pool", "cls", "--pos", "sincos", "--layer_decay", 0.7, "--grad_checkpoint",
+                      "--drop_path", 0.4, *teacher, "--hard", "--image_size", 16]):
+            with self.subTest(kind):
+                a = self.train("a", *kind)
+                b = self.train("b", *kind, "--stop_at", 6)
+                self.assertEqual((b.ckpt["step"], b.rows[-1]["step"]), (6, 6))
+                self.assertFalse(torch.equal(*(r.ckpt["model"]["head.weight"] for r in (a, b))))
+                with open(b.out / "log.jsonl", "a") as file:  # what a killed run may have left
+                    file.write('{"step": 8, "loss": 9.0}\n{"step": 9, "lo')
+                b = self.train("b", "--resume", tiny=False)
+                self.same_run(a, b)
+                self.assertEqual(sum("final" in row for row in b.rows), 1)
+                self.same_run(a, self.train("b", "--resume", tiny=False))  # nothing is left to do
+                self.assertEqual(*({k: v for k, v in r.ckpt["config"].items() if k not in ("out", "resume")}
+                                   for r in (a, b)))
+                for run_ in (a, b):
+                    shutil.rmtree(run_.out)
+
+    def test_resume_fine_tune(self):
+        """A run that began with --init and --freeze goes on without them being given: bit for bit."""
+        w = {k: t for k, t in random_vit(deit_shapes(24, 2, 8, 32, 48)).items() if not k.startswith("head.")}
+        path = self.sibling("mae.pt", w, dict(heads=3))
+        flags = ["--init", path, "--freeze", "--image_size", 16, "--drop_path", 0.3]
+        a = self.train("a", *flags)
+        self.train("b", *flags, "--stop_at", 6)
+        path.unlink()
+        b = self.train("b", "--resume", tiny=False)
+        self.same_run(a, b)
+        self.assertEqual((b.ckpt["config"]["image_size"], b.ckpt["config"]["pool"]), (16, "cls"))
+
+    def test_resume_with_flags(self):
+        """A flag given with --resume counts: the rate and the decay, which the optimizer's saved state has too; one
+        that asks for another network is refused."""
+        a = self.train("a", "--stop_at", 6)
+        self.bad("--resume", "--out", a.out, "--init", a.out / "ckpt.pt", says=("--resume", "--init"))
+        for flags in ("--arch cifar", "--pool cls", "--pos sincos", "--conv_stem", "--patch_size 8",
+                      "--image_size 64"):
+            self.bad("--resume", "--out", a.out, *flags.split(), says=flags.split()[0])
+        b = self.train("a", "--resume", "--lr", 0.0008, "--weight_decay", 0.03, "--warmup", 0, "--log_every", 1,
+                       tiny=False)
+        [row] = [row for row in b.rows if row["step"] == 7 and "loss" in row]
+        self.assertAlmostEqual(row["lr"], 0.0004)  # step 6 of 12: half-way
+        decays = [group["weight_decay"] for group in b.ckpt["optimizer"][0]["param_groups"]]
+        self.assertEqual(sorted(decays), [0, 0.03])
+
+    def test_evaluation_changes_nothing(self):
+        flags = ["--drop_path", 0.4, "--trivial", "--mixup", 0.5, "--erase", 0.5]
+        runs = [self.train(f"e{every}", *flags, "--eval_every", every, "--log_every", log)
+                for every, log in ((3, 2), (12, 5))]
+        for key in ("model", "optimizer"):
+            self.same(*(run_.ckpt[key] for run_ in runs))
+        self.assertNotEqual(self.train("s", "--seed", 7).losses, self.train("t").losses)
+
+    def test_drop_path_seeds(self):
+        """On one batch, with a network as good as fixed, losses differ from step to step, and a second run's are the
+        same."""
+        w, losses = random_vit(deit_shapes(32, 2, 8, 32, 48, 10)), []
+        path, batch = self.pth("w.pth", w), self.vit.augmented_batch
+
+        def same(c, images, labels, teacher, classes, stats, *_):
+            return batch(c, images, labels, teacher, classes, stats, 0, 0, 1)
+
+        with mock.patch.object(self.vit, "augmented_batch", same), mock.patch.object(self.vit.nn.init, "zeros_"):
+            for p, seed in ((0, 1), (0.6, 1), (0.6, 1)):
+                flags = ["--init", path, "--drop_path", p, "--seed", seed, "--lr", 1e-12, "--steps", 4]
+                losses.append(self.train("a", *flags, "--log_every", 1).losses)
+        self.assertEqual([len({round(v, 5) for v in run_.values()}) for run_ in losses], [1, 4, 4])
+        self.assertEqual(losses[1], losses[2])
+
+    def test_best(self):
+        """best.pt is the checkpoint with the best validation accuracy; with --full_train there is none: the last."""
+        evaluate, accuracies = self.vit.evaluate, iter((0.1, 0.2, 0.4, 0.4, 0.3, 0.0))
+        with mock.patch.object(self.vit, "evaluate", lambda *args: dict(evaluate(*args),
+                                                                        val_accuracy=next(accuracies))):
+            a = self.train("a", "--eval_every", 3, "--lr", 0.02, "--ema", 0.9)
+        self.assertEqual(list(a.val), [0, 3, 6, 9, 12])
+        best = torch.load(a.out / "best.pt", weights_only=True)
+        self.assertEqual((best["step"], best["best"], a.ckpt["best"]), (6, 0.4, 0.4))
+        model = self.vit.ViT(**best["model_config"])
+        model.load_state_dict(best["ema"])  # the average is what counts
+        for (n, seed), loss in (((60, 2), a.val[6]), ((60, 3), a.rows[-1]["test_loss"])):
+            x, y = self.draw(n, seed)
+            with torch.no_grad():
+                logits = model.eval()(self.vit.normalise(x, self.vit.CIFAR10_STATS))
+            self.assertAlmostEqual(F.cross_entropy(logits, y).item(), loss, places=5)
+        model.load_state_dict(best["model"])
+        with torch.no_grad():
+            self.assertNotAlmostEqual(F.cross_entropy(model(self.vit.normalise(x, self.vit.CIFAR10_STATS)), y).item(),
+                                      loss, places=4)
+        b = self.train("b", "--full_train")
+        self.assertFalse([row for row in b.rows if "val_accuracy" in row])
+        self.assertIn("300 images", b.text)
+        self.assertEqual(torch.load(b.out / "best.pt", weights_only=True)["step"], 12)
+
+    def test_freeze(self):
+        """--freeze leaves the encoder as it was, batch norm's statistics too, and trains the head."""
+        a = self.train("a", "--conv_stem", "--lr", 0.01)
+        b = self.train("b", "--init", a.out / "ckpt.pt", "--freeze", "--lr", 0.05, "--drop_path", 0.5,
+                       "--layer_decay", 0.5, "--clip", 0)
+        for name, value in b.ckpt["model"].items():
+            self.assertEqual(torch.equal(value, a.ckpt["model"][name]), not name.startswith("head."), name)
+        self.assertEqual((b.ckpt["step"], b.ckpt["config"]["conv_stem"]), (12, True))
+        self.assertAlmostEqual(b.val[0], math.log(10), places=5)  # a new head
+
+    def test_labels(self):
+        """The first images of each class alone, in the order of the data."""
+        seen, batch = [], self.vit.augmented_batch
+
+        def watched(c, images, labels, *more):
+            seen.append((images, labels))
+            return batch(c, images, labels, *more)
+
+        with mock.patch.object(self.vit, "augmented_batch", watched):
+            a = self.train("a", "--labels", 0.25, "--steps", 2)
+        self.assertIn("60 images", a.text)
+        x, y = self.draw(240, 1)
+        keep = sorted(sum(((y == k).nonzero().flatten()[:6].tolist() for k in range(10)), []))
+        self.same(list(seen[0]), [x[keep], y[keep]])
+
+    def test_torchrun(self):
+        """Two processes update as one does with twice the accumulation; the checkpoint's names are plain."""
+        module = Path(inspect.getfile(small_vit)).stem
+        (self.dir / "two.py").write_text(f"import sys\nimport {module}\nwith {module}.small_vit():\n    import vit\n"
+                                         "    sys.exit(vit.main(sys.argv[1:]))\n")
+        flags = [*self.tiny, "--steps", 6, "--ema", 0.5, "--mixup", 0.8, "--trivial", "--erase", 0.5, "--layer_decay",
+                 0.7, "--teacher", self.teacher()]
+        done = child("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", self.dir / "two.py", *flags,
+                     "--out", self.dir / "two", cwd=self.dir)
+        self.assertEqual(done.returncode, 0, done.stderr[-2000:])
+        one, two = self.train("one", *flags, "--grad_accum", 2), self.look(self.dir / "two")
+        for key in ("model", "ema"):
+            self.assertEqual(list(one.ckpt[key]), list(two.ckpt[key]))
+            for name, p in one.ckpt[key].items():
+                if name.endswith("qkv.bias"):  # AdamW makes steps of keys' biases, whose gradient is rounding
+                    p, two.ckpt[key][name] = (t.view(3, -1)[[0, 2]] for t in (p, two.ckpt[key][name]))
+                self.assertLess((p - two.ckpt[key][name]).abs().max().item(), 2e-5, name)
+        for step, loss in one.losses.items():
+            self.assertAlmostEqual(loss, two.losses[step], delta=1e-5)
+        self.assertEqual(done.stdout.count("step 6/6 | loss"), 1)  # one process speaks
+
+    def test_ctrl_c(self):
+        """Between two steps: a checkpoint, how to go on, status 130; and the run goes on bit for bit."""
+        flags = ["--drop_path", 0.4, "--mixup", 0.5]
+        a, batch, calls = self.train("a", *flags), self.vit.augmented_batch, []
+
+        def interrupted(*args):
+            calls.append(1)
+            if len(calls) == 4:
+                signal.raise_signal(signal.SIGINT)
+            return batch(*args)
+
+        handler = signal.getsignal(signal.SIGINT)
+        with mock.patch.object(self.vit, "augmented_batch", interrupted):
+            b = self.train("b", *flags, status=130)
+        self.assertIs(signal.getsignal(signal.SIGINT), handler)
+        self.assertEqual((b.ckpt["step"], len(calls)), (4, 4))
+        command = re.search(r"python vit\.py (.*--resume.*)", b.text)[1]
+        self.assertEqual(run("vit", *shlex.split(command))[0], 0)
+        b = self.look(b.out)
+        for key in ("model", "optimizer", "best"):
+            self.same(a.ckpt[key], b.ckpt[key], key)
+        self.assertEqual(a.val, b.val)
+
+    def test_kill(self):
+        """Whatever ends a run, in the middle of a checkpoint's write too: the last whole one goes on bit for bit."""
+        class Killed(BaseException):
+            pass
+
+        a, save, step, count = self.train("a", "--ema", 0.5), torch.save, self.vit.vit_step, []
+
+        def half(content, file):
+            if content["step"] == 6:
+                file.write(b"PK half of it")
+                raise Killed
+            save(content, file)
+
+        def dies(*args):
+            count.append(1)
+            if len(count) == 10:
+                raise Killed
+            return step(*args)
+
+        for patch, last in ((mock.patch.object(self.vit.torch, "save", half), 0),
+                            (mock.patch.object(self.vit, "vit_step", dies), 6)):
+            with patch, self.assertRaises(Killed):
+                self.train("b", "--ema", 0.5)
+            self.assertEqual(self.look(self.dir / "b").ckpt["step"], last)
+            self.assertFalse([*(self.dir / "b").glob("*.tmp")])
+            self.same_run(a, self.train("b", "--resume", tiny=False))
+
+    def test_not_finite(self):
+        """The run stops with status 1, names the step, keeps the last good checkpoint, and gives Ctrl-C back."""
+        handler = signal.getsignal(signal.SIGINT)
+        for every in (100, 1):  # with an evaluation between, too
+            out = self.dir / str(every)
+            status, text, err = run("vit", *self.tiny, "--out", out, "--lr", 9e18, "--warmup", 0, "--log_every", 1,
+                                    "--eval_every", every)
+            self.assertEqual(status, 1, err)
+            self.assertRegex(err, r"\Avit\.py: [^\n]*(nan|inf)[^\n]* step [12]\b[^\n]*\n\Z")
+            saved = torch.load(out / "ckpt.pt", weights_only=True)
+            self.assertLessEqual(saved["step"], every == 1)
+            self.assertTrue(all(p.isfinite().all() for p in saved["model"].values()))
+        self.assertIs(signal.getsignal(signal.SIGINT), handler)
+        def poisoned(model, raw, *_):
+            raw.head.bias.data[3] = math.nan
+            return torch.zeros(2)
+
+        with mock.patch.object(self.vit, "vit_step", poisoned):  # it is seen before it is saved
+            status, _, err = run("vit", *self.tiny, "--out", out, "--full_train", "--steps", 1)
+        self.assertEqual(status, 1, err)
+        self.assertRegex(err, r"\Avit\.py: a parameter is (nan|inf)[^\n]* step 1\b[^\n]*\n\Z")
+        self.assertEqual(torch.load(out / "ckpt.pt", weights_only=True)["step"], 0)
+
+    def test_grad_accum(self):
+        """Two micro-batches of 8 update as one of 16 does; --grad_checkpoint changes no bit."""
+        flags = ["--ema", 0.5, "--crop", 0, "--no-flip"]
+        one, two = self.train("a", *flags), self.train("b", *flags, "--batch_size", 8, "--grad_accum", 2)
+        for name, p in one.ckpt["model"].items():
+            if not name.endswith("qkv.bias"):
+                self.assertLess((p - two.ckpt["model"][name]).abs().max().item(), 2e-5, name)
+        with mock.patch.object(self.vit, "checkpoint", wraps=self.vit.checkpoint) as spy:
+            kept = self.train("c", *flags, "--grad_checkpoint")
+        self.assertEqual(spy.call_count, 2 * 12)
+        self.same(kept.ckpt["model"], one.ckpt["model"])
+
+    def test_cifar(self):
+        """A run on a folder of CIFAR-10's files; the last 5,000 training images are for validation."""
+        root, rng = self.dir / "c/cifar-10-batches-bin", np.random.default_rng(0)
+        root.mkdir(parents=True)
+        for name in ("test_batch", *(f"data_batch_{i}" for i in range(1, 6))):
+            record = np.zeros((1010, 3073), np.uint8)
+            record[:, 0] = rng.integers(0, 10, 1010)
+            (root / f"{name}.bin").write_bytes(record.tobytes())
+        a = self.train("a", "--data", self.dir / "c", "--steps", 1, "--patch_size", 16)
+        self.assertIn("| 50 images", a.text)
+        self.assertEqual(a.rows[-1]["final"], True)
+        (root / "data_batch_3.bin").write_bytes(b"x" * 3072)
+        self.bad(*self.tiny, "--data", self.dir / "c", says="data_batch_3.bin")
+
+    # bad input
+
+    def test_bad_flags(self):
+        early = mock.patch.object(self.vit, "load_images", side_effect=AssertionError)  # flags come before data
+        for flags in """--arch vit, --arch=, --lr nan, --lr 0, --lr -1, --lr inf, --lr fast, --labels 0, --labels 2,
+                --labels nan, --drop_path 1, --drop_path -0.1, --drop_path nan, --label_smoothing 1.1, --ema 1,
+                --ema -1, --ema nan, --layer_decay 0, --layer_decay 1.5, --layer_decay nan, --crop -1, --crop 32,
+                --crop 1.5, --image_size -1, --image_size 2000, --image_size 15, --image_size 34, --patch_size 0,
+                --patch_size 5, --patch_size 64, --patch_size -4, --patch_size 2.5, --image_size 30 --patch_size 3
+                --conv_stem, --patch_size 1 --conv_stem, --conv_stem --patch_size 512 --image_size 512,
+                --conv_stem --patch_size 32 --batch_size 1, --pool max, --pool=, --pos rope, --flip always, --erase 1.1,
+                --erase -1, --erase nan, --mixup -1, --mixup nan, --mixup inf, --cutmix -1, --cutmix nan,
+                --cutmix inf, --trivial yes, --teacher nowhere.npy, --teacher=, --distill 2, --distill -1,
+                --distill nan, --temperature 0, --temperature -1, --temperature nan, --temperature inf, --hard,
+                --dtype int8, --dtype float16, --device nowhere, --warmup -1, --weight_decay -0.1, --weight_decay inf,
+                --clip -1, --clip nan, --batch_size 0, --grad_accum 0, --epochs 0, --epochs -1, --epochs nan,
+                --epochs inf, --steps 0, --steps 1.5, --steps -3, --stop_at 0, --eval_every 0, --log_every 0,
+                --seed -1, --no_such_flag 1, --stp 5, --step 5, --steps, stray, --data=, --data nowhere, --out=,
+                --init=, --resume, --resume --init x.pt, --init nowhere.pt, --init vit_b_17, --init vit_b_16.pth,
+                --init nowhere/vit_b_16-c867db91.pth, --show_augment --lr 0, --data_dir=""".split(","):
+            with early:
+                self.bad(*self.tiny, *flags.split())
+        self.bad("--lr", "nan", says=("--lr", "nan"))
+        self.bad("--arch", "vit", says=("vit", "mini", "small6"))
+        self.bad("--init", "vit_b_17", says=("vit_b_17", "vit_b_16", "deit_tiny_patch16_224"))
+        self.bad("--patch_size", 5, says=("--patch_size 5", "32"))
+        self.bad("--image_size", 12, says=("--image_size 12", "16"))
+        self.bad("--teacher", "nowhere.npy", says="--teacher nowhere.npy")
+        self.bad("--resume", "--out", self.dir / "none", says="ckpt.pt")
+        (self.dir / "text.txt").write_text("hello")
+        self.bad(*self.tiny, "--out", self.dir / "text.txt", says="text.txt", status=1)
+        self.bad("--show_augment", "--out", self.dir / "text.txt", says="text.txt", status=1)
+        self.bad(*self.tiny, "--init", self.dir / "text.txt", says="text.txt")
+
+    def test_bad_checkpoints(self):
+        a = self.train("a", "--steps", 2)
+        good, saved = (a.out / "best.pt").read_bytes(), torch.load(a.out / "best.pt", weights_only=True)
+
+        def checkpoint(name, content):
+            torch.save(content, self.dir / name)
+            return self.dir / name
+
+        def without(name):
+            return dict(model={k: v for k, v in saved["model"].items() if k != name}, encoder={})
+
+        config, marker = saved["model_config"], self.dir / "marker"
+        foreign = [checkpoint("list.pt", [1, 2]), checkpoint("tensor.pt", torch.zeros(3)),
+                   checkpoint("object.pt", Evil(marker))]
+        foreign += [checkpoint(f"no_{key}.pt", {k: v for k, v in saved.items() if k != key})
+                    for key in ("model", "config", "step", "model_config")]
+        foreign += [checkpoint("more.pt", saved | dict(model=saved["model"] | dict(more=torch.ones(1)))),
+                    checkpoint("heads.pt", saved | dict(encoder_config=config | dict(heads=5))),
+                    checkpoint("shape.pt", saved | dict(model=saved["model"] | {"norm.bias": torch.ones(31)})),
+                    checkpoint("grid.pt", saved | dict(model=saved["model"] | dict(pos_embed=torch.ones(1, 60, 32)))),
+                    *(checkpoint(f"no_{k}.pt", saved | without(k)) for k in ("pos_embed", "patch_embed.proj.weight",
+                                                                            "blocks.1.attn.qkv.bias")),
+                    checkpoint("names.pt", saved | dict(model={"cls_token": torch.ones(1)}, encoder={})),
+                    checkpoint("numbers.pt", saved | dict(model={k: 3 for k in saved["model"]}))]
+        for name, content in (("cut.pt", good[:len(good) // 2]), ("noise.pt", os.urandom(5000)), ("none.pt", b""),
+                              ("pickle.pt", b"cos\nsystem\n(S'true'\ntR.")):
+            (self.dir / name).write_bytes(content)
+            foreign.append(self.dir / name)
+        for path in foreign:
+            self.bad(*self.tiny, "--init", path, says=path.name if path.name != "heads.pt" else "5 heads")
+        self.assertFalse(marker.exists())
+        for flags in ("--pool cls", "--pos sincos", "--conv_stem", "--patch_size 8", "--arch tiny"):
+            self.bad(*self.tiny, "--init", a.out / "best.pt", *flags.split(), says=(flags.split()[0], "best.pt"))
+        self.bad("--resume", "--out", a.out, "--ema", 0.5, says="ckpt.pt")  # it has no average to go on with
+        self.bad("--resume", "--out", a.out, "--freeze", says="ckpt.pt")  # another set of parameters
+        (a.out / "ckpt.pt").write_bytes((a.out / "ckpt.pt").read_bytes()[:-999])
+        self.bad("--resume", "--out", a.out, says="ckpt.pt")
+
+    def test_command_line(self):
+        """As a program: the exit status, and one line on stderr."""
+        done = child(HERE / "vit.py", "--lr", "nan", cwd=self.dir)
+        self.assertEqual((done.returncode, done.stdout, snapshot(self.dir)), (2, "", {}))
+        self.assertRegex(done.stderr, r"\Avit\.py: [^\n]+\n\Z")
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # puzzles.py
 
 
@@ -3965,31 +5541,37 @@ class BenchGPT2:
             gpt2.curves_svg(path, lines, label, "training loss, nats per byte")
 
 
-class BenchResNet:
-    """python tests.py BenchResNet.NAME, where NAME is one of the methods; nothing else should run meanwhile."""
+class Bench:
+    """What measurements of a script share; nothing else should run meanwhile."""
 
-    FAST = ("--data cifar10 --arch fast --optimizer muon --schedule linear --batch_size 2000 --epochs 8 "
-            "--flip alternate --crop 2 --label_smoothing 0.2 --full_train --log_every 5").split()
+    script = ""
 
     def keep(self, out, name):
-        """Copy a run's log to assets/logs/resnet/NAME.jsonl, behind a row that says what made it; its last row."""
+        """Copy a run's log to assets/logs/SCRIPT/NAME.jsonl, behind a row that says what made it; its last row."""
         rows = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
         config = json.loads((Path(out) / "config.json").read_text())
         config = {key: value for key, value in config.items() if key not in ("data_dir", "out")}
-        folder = HERE / "assets" / "logs" / "resnet"
+        folder = HERE / "assets" / "logs" / self.script
         folder.mkdir(parents=True, exist_ok=True)
-        text = "".join(json.dumps(row) + "\n" for row in [dict(config=config, **about("resnet.py")), *rows])
+        text = "".join(json.dumps(row) + "\n" for row in [dict(config=config, **about(f"{self.script}.py")), *rows])
         (folder / f"{name}.jsonl").write_text(text)
         return rows[-1]
 
     def train(self, name, *flags):
-        resnet = importlib.import_module("resnet")
-        if resnet.main([*map(str, flags), "--out", f"out/bench/{name}"]):
+        if importlib.import_module(self.script).main([*map(str, flags), "--out", f"out/bench/{name}"]):
             sys.exit(f"{name} failed")
         return self.keep(f"out/bench/{name}", name)
 
+
+class BenchResNet(Bench):
+    """python tests.py BenchResNet.NAME, where NAME is one of the methods; nothing else should run meanwhile."""
+
+    script = "resnet"
+    FAST = ("--data cifar10 --arch fast --optimizer muon --schedule linear --batch_size 2000 --epochs 12 "
+            "--flip alternate --crop 3 --label_smoothing 0.2 --full_train --log_every 5").split()
+
     def fast(self, seed=0):
-        """The recipe for the most accuracy per FLOP, all 50,000 images, 8 epochs."""
+        """The recipe for the most accuracy per FLOP, all 50,000 images, 12 epochs."""
         self.train(f"fast_seed{seed}", *self.FAST, "--seed", seed)
 
     def speed(self, rounds=7):
@@ -4062,6 +5644,77 @@ class BenchResNet:
         for name in ("figure6_train.svg", "figure6_val.svg", "landscape.svg"):
             shutil.copy(out / name, HERE / "assets" / (name if "figure6" in name else "resnet_landscape.svg"))
         shutil.copy(out / "landscape.json", HERE / "assets" / "logs" / "resnet" / "landscape.json")
+
+
+class BenchViT(Bench):
+    """python tests.py BenchViT.NAME, where NAME is one of the methods; nothing else should run meanwhile. Flags are
+    passed on: --data and --data_dir."""
+
+    script = "vit"
+    PLAIN = "--data cifar10 --arch cifar --batch_size 128 --pool cls --label_smoothing 0 --log_every 50".split()
+    RECIPE = "--data cifar10 --arch cifar --batch_size 128 --conv_stem --label_smoothing 0.1 --log_every 50".split()
+
+    def pflop(self, name, recipe, pflop, *flags):
+        """A run that ends at so many PFLOP, 6 × MACs × images."""
+        vit = importlib.import_module("vit")
+        c = vit.parse_flags(vit.Config, "", [*recipe, *flags])
+        steps = round(1e15 * pflop / (6 * c.batch_size * vit.count_macs(vit.load_vit(c, 10), 32)))
+        last = self.train(name, *recipe, *flags, "--steps", steps)
+        print(name, {key: last[key] for key in ("test_accuracy", "seconds")}, flush=True)
+
+    def recipe(self, *flags):
+        self.pflop("recipe", self.RECIPE, 0.5, *flags)
+
+    def plain(self, *flags):
+        self.pflop("plain", self.PLAIN, 0.5, *flags)
+
+    def ablation(self, *flags):
+        """The recipe at a quarter of its compute, and each of its parts changed."""
+        changes = {"": [], "_no_conv_stem": ["--no-conv_stem"], "_cls": ["--pool", "cls"], "_trivial": ["--trivial"],
+                   "_cutmix": ["--cutmix", 1]}
+        for name, change in changes.items():
+            self.pflop(f"quarter{name}", self.RECIPE, 0.125, *map(str, change), *flags)
+
+    def speed(self, rounds=5):
+        """A training step of 192 × 6, patch 4, batch 256: vit.py's against the same model from torch's modules and
+        scaled_dot_product_attention, eager, in fp32 and under bf16 autocast; and the share of augmentation in it."""
+        vit = importlib.import_module("vit")
+        c, (x, y), counter = vit.Config(arch="cifar", batch_size=256), vit.make_shapes(1000, 0), itertools.count()
+        c_augmented = dataclasses.replace(c, trivial=True, cutmix=1.0, erase=0.25)
+        _, dtype, autocast = vit.pick_device("cpu", "bfloat16")
+        ours, plain = vit.load_vit(c, 10), vit.load_vit(c, 10)
+
+        def attention(self, x, key_mask=None):
+            B, N, C = x.shape
+            q, k, v = self.qkv(x).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+            return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, C))
+
+        for block in plain.blocks:
+            block.attn.forward = functools.partial(attention, block.attn)
+        plain_opt = torch.optim.AdamW(plain.parameters(), 1e-3, weight_decay=0.05)
+        images, targets = vit.normalise(x[:256], plain.stats).contiguous(), y[:256]
+        optimizer = vit.adamw(ours, c)
+
+        def plain_step(enabled):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                loss = F.cross_entropy(plain(images).float(), targets, label_smoothing=0.1)
+            loss.backward()
+            nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+            plain_opt.step()
+            plain_opt.zero_grad()
+
+        def batch(config):
+            vit.augmented_batch(config, x, y, None, 10, plain.stats, next(counter), 0, 1)
+
+        run = {"fp32": lambda: plain_step(False), "autocast": lambda: plain_step(True),
+               "vit.py": lambda: vit.vit_step(ours, ours, None, optimizer, autocast, (x, y), None, c, next(counter),
+                                              10**6, 0, 1),
+               "crop and flip": lambda: batch(c), "all augmentation": lambda: batch(c_augmented)}
+        times = in_turn(run, int(rounds), warm=2)
+        for name, t in times.items():
+            print(f"{name:>16} {1e3 * statistics.median(t):8.1f} ms, {256 / statistics.median(t):6.0f} images/s | fp32 "
+                  f"takes {ratio(times, 'fp32', name):.2f} times as long, autocast {ratio(times, 'autocast', name):.2f}",
+                  flush=True)
 
 
 class BenchPuzzles:

@@ -13,6 +13,7 @@ Tests that need GPT-2's vocabulary skip where tiktoken can't have it (TIKTOKEN_C
 
 import ast
 import collections
+import colorsys
 import contextlib
 import copy
 import dataclasses
@@ -22,6 +23,7 @@ import functools
 import hashlib
 import http.server
 import importlib
+import importlib.util
 import inspect
 import io
 import itertools
@@ -59,7 +61,10 @@ ALL = ("gpt2", "vit", "resnet", "ijepa", "mae", "simclr", "flash_attn", "puzzles
 SCRIPTS = [name for name in ALL if (HERE / f"{name}.py").exists()]
 SHORT = {"gpt2": ["--eval_tokens", 4096, "--sample_tokens", 8],  # flags that shorten a run but for its steps
          "resnet": ["--labels", 0.01, "--batch_size", 16, "--image_size", 16],
-         "vit": ["--labels", 0.01, "--batch_size", 16]}
+         "vit": ["--labels", 0.01, "--batch_size", 16], "flash_attn": ["--block_size", 64],
+         "mae": ["--labels", 0.02, "--batch_size", 16, "--patch_size", 8, "--dim", 32, "--probe_images", 100],
+         "simclr": ["--labels", 0.01, "--batch_size", 16, "--width", 8, "--head_dim", 16, "--probe_images", 100,
+                    "--eval_every", 3]}
 sys.path.insert(0, str(HERE))
 
 
@@ -3229,7 +3234,8 @@ def small_vit():
     vit = importlib.import_module("vit")
     draw, few = vit.make_shapes, {10000: 240, 1000: 60, 2000: 60}
     return mock.patch.multiple(vit, make_shapes=lambda n, seed: drawn(draw, few.get(n, n), seed),
-                               SIZES=vit.SIZES | dict(mini=(32, 2, 2)))
+                               SIZES=vit.SIZES | dict(mini=(32, 2, 2)),
+                               FRESH=dict(patch_size=4, pool="mean", pos="learned", conv_stem=False))
 
 
 class Elsewhere(torch.Tensor):
@@ -4628,6 +4634,2524 @@ class TestViT(Case):
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# flash_attn.py
+
+MASKS = {  # T_q, T_k, G, causal, window, cu_seqlens; tiles in these tests are 16 × 24, so that all lengths are ragged
+    "full": (40, 61, 1, False, None, None), "causal": (70, 70, 1, True, None, None),
+    "more keys": (37, 70, 2, True, None, None), "more queries": (70, 45, 2, True, None, None),
+    "window": (60, 70, 2, True, 13, None), "window of 1": (40, 40, 1, True, 1, None),
+    "both sides": (50, 70, 1, False, 17, None), "nothing in sight": (70, 40, 4, False, 9, None),
+    "documents": (70, 70, 2, True, None, (0, 5, 5, 40, 70)), "documents, window": (70, 70, 1, False, 9, (0, 33, 70))}
+
+
+def slow_attention(q, k, v, causal=False, window=None, cu_seqlens=None, scale=None):
+    """Output and LSE, a query at a time from the definition, in fp64."""
+    (B, H, T_q, D), (H_kv, T_k) = q.shape, k.shape[1:3]
+    out, lse = [], []
+    for b, h, i in itertools.product(range(B), range(H), range(T_q)):
+        p, kv = i + T_k - T_q, h // (H // H_kv)
+        keys = [j for j in range(T_k) if (not causal or j <= p) and (window is None or abs(p - j) < window)]
+        if cu_seqlens:
+            mine = [(a, z) for a, z in itertools.pairwise(cu_seqlens) if a <= p < z][0]
+            keys = [j for j in keys if mine[0] <= j < mine[1]]
+        if keys:
+            s = (k[b, kv, keys].double() @ q[b, h, i].double()) * (D**-0.5 if scale is None else scale)
+            out.append(torch.softmax(s, 0) @ v[b, kv, keys].double())
+            lse.append(torch.logsumexp(s, 0))
+        else:
+            out.append(0 * q[b, h, i].double())
+            lse.append(torch.tensor(-math.inf, dtype=torch.double))
+    return torch.stack(out).view(B, H, T_q, D), torch.stack(lse).view(B, H, T_q)
+
+
+def flash_inputs(T_q, T_k, G=1, dtype=torch.double, D=16, H=4, B=2):
+    g = torch.Generator().manual_seed(T_q + 100 * T_k + G)
+    shapes = (B, H, T_q, D), (B, H // G, T_k, D), (B, H // G, T_k, D), (B, H, T_q, D), (B, H, T_q)
+    q, k, v, do, dlse = (torch.randn(shape, generator=g, dtype=torch.double).to(dtype) for shape in shapes)
+    return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), do, dlse
+
+
+def check_masks(flash_attn, backend, dtype, tolerance, names=MASKS, D=16):
+    """Output, LSE and gradients (of the output and of LSE) for each mask, against slow_attention: the worst error
+    relative to the largest value of each. Raises AssertionError, so that it serves in other processes too."""
+    for name in names:
+        T_q, T_k, G, causal, window, ends = MASKS[name]
+        q, k, v, do, dlse = flash_inputs(T_q, T_k, G, dtype, D)
+        exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
+        o, lse = slow_attention(*exact, causal, window, ends)
+        some = lse > -math.inf
+        expected = torch.autograd.grad((o * do).sum() + (lse * dlse)[some].sum(), exact)
+        cu_seqlens = torch.tensor(ends) if ends else None
+        got_o, got_lse = flash_attn.flash_attention(q, k, v, causal, window, backend=backend, cu_seqlens=cu_seqlens,
+                                                    return_lse=True)
+        got = torch.autograd.grad((got_o * do).sum() + (got_lse * dlse)[some].sum(), (q, k, v))
+        assert got_o.dtype == dtype and torch.equal(some, got_lse > -math.inf), name
+        assert (got_o[~some] == 0).all() and (got[0][~some] == 0).all(), name
+        pairs = dict(o=(got_o, o), lse=(got_lse[some], lse[some]), dq=(got[0], expected[0]), dk=(got[1], expected[1]),
+                     dv=(got[2], expected[2]))
+        for key, (a, b) in pairs.items():
+            error = ((a.double() - b).abs().max() / b.abs().max()).item()
+            assert error <= tolerance, f"{name}, D {D}, {dtype}, {key}: {error}"
+
+
+def check_triton():
+    """All of check_masks with the Triton kernels in their interpreter; run in a process with TRITON_INTERPRET=1."""
+    flash_attn = importlib.import_module("flash_attn")
+    check_masks(flash_attn, "triton", torch.float32, 3e-6)
+    check_masks(flash_attn, "triton", torch.float16, 4e-3, ("causal", "more queries", "both sides", "documents"))
+    check_masks(flash_attn, "triton", torch.bfloat16, 2e-2, ("window",))
+    for D in (24, 80, 128):  # 24 and 80 aren't powers of two
+        check_masks(flash_attn, "triton", torch.float32, 3e-6, ("more keys",), D)
+    q = torch.randn(1, 1, 4, 8)
+    for bad in (q, torch.randn(1, 1, 4, 136), torch.randn(1, 1, 4, 16).double()):
+        try:
+            flash_attn.flash_attention(bad, bad, bad, backend="triton")
+        except ValueError:
+            continue
+        raise AssertionError(f"{bad.shape} {bad.dtype} passed")
+
+
+def compile_triton():
+    """The kernels compile for an H100 (no card is needed for that), with matrix units, without spilled registers."""
+    flash_attn = importlib.import_module("flash_attn")
+    flash_attn.load_triton()
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    sizes = dict(D=64, BLOCK_D=64, ROWS=64, COLUMNS=64)
+    kinds = dict.fromkeys(sizes, "constexpr") | dict(LSE="*fp32", DELTA="*fp32", scale="fp32")
+    kinds |= dict.fromkeys(("LO", "HI", "ROW_LO", "ROW_HI"), "*i32") | dict.fromkeys(("T_q", "T_k", "G"), "i32")
+    for kernel in (flash_attn.forward_kernel, flash_attn.dq_kernel, flash_attn.dkdv_kernel):
+        signature = {name: kinds.get(name, "*bf16") for name in kernel.arg_names}
+        ptx = compile(ASTSource(kernel, signature, sizes), target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+        assert "wgmma" in ptx and "st.local" not in ptx, kernel
+
+
+class TestFlashAttn(Case):
+    @classmethod
+    def setUpClass(cls):
+        cls.fa = importlib.import_module("flash_attn")
+        cls.tiny = ("--block_size 32 --n_values 8 --n_embd 16 --steps 8 --eval_every 4 --batch_size 3 --log_every 2 "
+                    "--lr 0.01").split()
+
+    def setUp(self):
+        super().setUp()
+        small = mock.patch.multiple(self.fa, ROWS=16, COLUMNS=24, HEADS=3)
+        small.start()
+        self.addCleanup(small.stop)
+
+    # the pieces
+
+    def test_softmaxes(self):
+        x = torch.randn(5, 9, dtype=torch.double) * 300  # e^300 would overflow in fp32, e^900 in fp64
+        x[2] = x[2].sort().values  # the maximum grows at each step
+        for f in (self.fa.safe_softmax, self.fa.online_softmax):
+            self.close(f(x), torch.softmax(x, dim=-1), 1e-14)
+
+    def test_merge(self):
+        """Over all keys from any split of them, in either order; a side without keys counts nothing."""
+        q, k, v, *_ = flash_inputs(9, 20)
+        whole = slow_attention(q, k, v)
+        for n in (1, 7, 19):
+            parts = [slow_attention(q, k[:, :, at], v[:, :, at]) for at in (slice(n), slice(n, None))]
+            for a, b in (parts, parts[::-1]):
+                for got, expected in zip(self.fa.merge(*a, *b), whole):
+                    self.close(got, expected, 1e-14)
+        none = torch.zeros_like(q), torch.full(q.shape[:3], -math.inf, dtype=torch.double)
+        for got, expected in zip(self.fa.merge(*none, *whole), whole):
+            self.close(got, expected, 1e-15)
+        self.assertEqual(self.fa.merge(*none, *none)[0].abs().max(), 0)
+        a, b = (self.fa.flash_attention(q, k[:, :, at], v[:, :, at], return_lse=True)  # with gradients through both
+                for at in (slice(7), slice(7, None)))
+        do = torch.randn_like(q)
+        for x, y in zip(torch.autograd.grad(self.fa.merge(*a, *b)[0], (q, k, v), do),
+                        torch.autograd.grad(whole[0], (q, k, v), do)):
+            self.close(x, y, 1e-13)
+
+    def test_in_tiles(self):
+        q, k, v, *_ = flash_inputs(9, 20)
+        for columns in (1, 7, 20, 64):
+            o, lse = self.fa.attention_in_tiles(q[0, 0], k[0, 0], v[0, 0], columns)
+            expected = slow_attention(q, k, v)
+            self.close(o, expected[0][0, 0], 1e-14)
+            self.close(lse, expected[1][0, 0], 1e-14)
+
+    def test_tile_map(self):
+        """Listed tiles cover all pairs, full ones hold no masked one, each has a pair; both ways round."""
+        for name, (T_q, T_k, _, causal, window, ends) in MASKS.items():
+            lo, hi = self.fa.spans(T_q, T_k, causal, window, torch.tensor(ends) if ends else None)
+            j = torch.arange(T_k)
+            seen = (lo[:, None] <= j) & (j < hi[:, None])  # test_masks has it against the definition
+            turned = self.fa.transpose(lo, hi, T_k)
+            i = torch.arange(T_q)
+            self.assertTrue(torch.equal((turned[0][:, None] <= i) & (i < turned[1][:, None]), seen.T), name)
+            for mask, how in ((seen, (lo, hi)), (seen.T, turned)):
+                found = torch.zeros_like(mask)
+                for i0, i1, tiles in self.fa.tile_map(*how, 16, 24):
+                    for j0, j1, full in tiles:
+                        found[i0:i1, j0:j1] = True
+                        self.assertEqual(full, bool(mask[i0:i1, j0:j1].all()), (name, i0, j0))
+                        self.assertTrue(mask[i0:i1, j0:j1].any(), (name, i0, j0))
+                self.assertFalse((mask & ~found).any(), name)
+
+    # the whole
+
+    def test_masks(self):
+        check_masks(self.fa, "torch", torch.double, 1e-13)
+        check_masks(self.fa, "torch", torch.float32, 3e-6)
+
+    def test_naive(self):
+        for name, (T_q, T_k, G, causal, window, ends) in MASKS.items():
+            q, k, v, do, _ = flash_inputs(T_q, T_k, G)
+            expected = slow_attention(q, k, v, causal, window, ends, 0.3)[0]
+            o = self.fa.attention(q, k, v, causal, window, 0.3, torch.tensor(ends) if ends else None)
+            self.close(o, expected, 1e-13, name)
+            for a, b in zip(torch.autograd.grad(o, (q, k, v), do), torch.autograd.grad(expected, (q, k, v), do)):
+                self.close(a, b, 1e-12, name)
+
+    def test_gradcheck(self):
+        with mock.patch.multiple(self.fa, ROWS=2, COLUMNS=3):
+            for G, causal, window, ends in ((2, True, None, None), (1, False, None, None), (1, True, 2, None),
+                                            (2, False, 2, None), (1, True, None, (0, 2, 5))):
+                q, k, v, *_ = flash_inputs(5, 5 if ends else 7, G, D=2, H=2, B=1)
+                torch.autograd.gradcheck(lambda q, k, v: self.fa.flash_attention(
+                    q, k, v, causal, window, 0.7, cu_seqlens=torch.tensor(ends) if ends else None, return_lse=True),
+                    (q, k, v))
+
+    def test_tile_sizes(self):
+        q, k, v, do, _ = flash_inputs(50, 70, 2)
+        first = None
+        for rows, columns, heads in ((16, 24, 3), (1, 70, 1), (64, 5, 8), (256, 256, 100), (50, 70, 2)):
+            with mock.patch.multiple(self.fa, ROWS=rows, COLUMNS=columns, HEADS=heads):
+                o = self.fa.flash_attention(q, k, v, causal=True)
+                got = o, *torch.autograd.grad(o, (q, k, v), do)
+            first = first or got
+            for a, b in zip(got, first):
+                self.close(a, b, 1e-13)
+
+    def test_sdpa(self):
+        """Against torch's own: gradients that are random, expanded (stride 0) and strided, and strided inputs."""
+        for causal, strided in itertools.product((False, True), repeat=2):
+            q, k, v, do, _ = flash_inputs(70, 70, dtype=torch.float32)
+            if strided:  # (B, T, H, D) turned round, as models have it
+                q, k, v = (t.detach().transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
+                           .requires_grad_() for t in (q, k, v))
+            expected = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+            o = self.fa.flash_attention(q, k, v, causal)
+            self.close(o, expected, 2e-6)
+            for d in (do, torch.ones(()).expand_as(do), torch.randn(2, 70, 16, 4).permute(0, 3, 1, 2)):
+                for a, b in zip(torch.autograd.grad(o, (q, k, v), d, retain_graph=True),
+                                torch.autograd.grad(expected, (q, k, v), d, retain_graph=True)):
+                    self.close(a, b, 5e-6)
+
+    def test_half(self):
+        """Errors of half precision, against fp32, are at most twice torch's."""
+        for dtype in (torch.bfloat16, torch.float16):
+            inputs = flash_inputs(70, 70, dtype=dtype)[:4]
+
+            def results(f, cast):
+                q, k, v, do = (t.detach().to(cast).requires_grad_() for t in inputs)
+                o = f(q, k, v)
+                return [t.float() for t in (o, *torch.autograd.grad(o, (q, k, v), do))]
+
+            torchs = functools.partial(F.scaled_dot_product_attention, is_causal=True)
+            ours = functools.partial(self.fa.flash_attention, causal=True)
+            for exact, a, b in zip(results(torchs, torch.float32), results(ours, dtype), results(torchs, dtype)):
+                self.assertLessEqual((a - exact).abs().max(), 2 * (b - exact).abs().max())
+
+    def test_autocast(self):
+        """Under autocast fp32 inputs stay fp32, forward and backward."""
+        q, k, v, do, _ = flash_inputs(40, 40, dtype=torch.float32)
+        plain = self.fa.flash_attention(q, k, v)
+        with torch.autocast("cpu", torch.bfloat16):
+            o = self.fa.flash_attention(q, k, v)
+            grads = torch.autograd.grad(o, (q, k, v), do)
+        self.same([o.detach(), *grads], [plain.detach(), *torch.autograd.grad(plain, (q, k, v), do)])
+
+    # what follows from the definition
+
+    def test_properties(self):
+        q, k, v, *_ = flash_inputs(40, 70, 2)
+        flash = functools.partial(self.fa.flash_attention, causal=True, window=30, return_lse=True)
+        o, lse = flash(q, k, v)
+        self.close(flash(q, k, torch.ones_like(v))[0], torch.ones_like(o), 1e-14)  # an average of ones
+        c = torch.randn(16, dtype=torch.double)
+        moved = flash(q, k + 50 * c, v)  # a constant in every key: each row of scores moves by q c
+        self.close(moved[0], o, 1e-11)
+        self.close(moved[1], lse + 50 * (q @ c) / 4, 1e-12)
+        q1, k1 = q * 40, k * 40  # scores in the thousands
+        self.close(self.fa.flash_attention(q1, k1, v), slow_attention(q1, k1, v)[0], 1e-11)
+        q2 = (-q.abs()).detach()  # all scores far below zero
+        self.close(flash(q2, 1e4 * k.abs(), v)[0], slow_attention(q2, 1e4 * k.abs(), v, True, 30)[0], 1e-11)
+
+    def test_future(self):
+        """Editing keys and values from position n on leaves the outputs before n as they were, bit for bit."""
+        for dtype, n in itertools.product((torch.float32, torch.bfloat16), (1, 30, 48, 69)):
+            q, k, v, *_ = flash_inputs(70, 70, dtype=dtype)
+            o = self.fa.flash_attention(q, k, v, causal=True)
+            k2, v2 = (torch.cat((t[:, :, :n], 9 * torch.randn_like(t[:, :, n:])), dim=2) for t in (k, v))
+            o2 = self.fa.flash_attention(q, k2, v2, causal=True)
+            self.assertTrue(torch.equal(o[:, :, :n], o2[:, :, :n]))
+            self.assertFalse(torch.equal(o[:, :, n:], o2[:, :, n:]))
+
+    def test_empty(self):
+        for T_q, T_k in ((5, 0), (0, 5), (0, 0)):
+            q, k, v, do, _ = flash_inputs(T_q, T_k)
+            o, lse = self.fa.flash_attention(q, k, v, causal=True, return_lse=True)
+            self.assertEqual((o.shape, lse.shape), (q.shape, q.shape[:3]))
+            self.assertTrue((o == 0).all() and (lse == -math.inf).all())
+            for g in torch.autograd.grad(o, (q, k, v), do):
+                self.assertTrue((g == 0).all())
+
+    def test_double_backward(self):
+        """It raises, also where the gradient that comes in is a constant (a penalty on gradients would be wrong)."""
+        q, k, v, do, _ = flash_inputs(20, 20)
+        for d in (do, do.clone().requires_grad_()):
+            with self.assertRaisesRegex(RuntimeError, "second derivative"):
+                torch.autograd.grad(self.fa.flash_attention(q, k, v), q, d, create_graph=True)
+
+    def test_no_matrix(self):
+        """No tensor of T² elements is made, forward or backward; the naive one shows that this would be seen."""
+        largest = []
+
+        class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+            def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+                out = f(*args, **(kwargs or {}))
+                largest.extend(t.numel() for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor))
+                return out
+
+        T = 600
+        for f, small in ((self.fa.flash_attention, True), (self.fa.attention, False)):
+            for how in (dict(causal=True), dict(window=50), dict(cu_seqlens=torch.tensor([0, 100, T]))):
+                q, k, v, do, _ = flash_inputs(T, T, dtype=torch.float32, B=1)
+                with Watch():
+                    torch.autograd.grad(f(q, k, v, **how), (q, k, v), do)
+                self.assertEqual(max(largest) < T * T, small, max(largest))
+                largest.clear()
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+            self.fa.flash_attention(q, k, v)
+        self.assertEqual(sum(kept), 4 * q.numel() + 4 * T)  # q, k, v, o and LSE of 4 heads
+
+    def test_bad_input(self):
+        q, k, v, *_ = flash_inputs(8, 8)
+        ends = torch.tensor
+        for args, says in (((q[0], k, v), "(4, 8, 16)"), ((q, k, v[:, :, :7]), "(2, 4, 7, 16)"),
+                           ((q, k[..., :15], v[..., :15]), "(2, 4, 8, 15)"), ((q, k[:1], v[:1]), "(1, 4, 8, 16)"),
+                           ((q, k[:, :3], v[:, :3]), "4 query heads .* 3 key heads"),
+                           ((q, k[:, :0], v[:, :0]), "0 key heads"), ((q.long(), k.long(), v.long()), "int64"),
+                           ((q, k.float(), v), "float32"), ((q, k, v, True, 0), "window 0"),
+                           ((q, k, v, True, -3), "window -3"), ((q, k, v, True, 2.5), "window 2.5"),
+                           ((q, k, v, False, None, None, "cuda"), "backend 'cuda'"),
+                           ((q, k, v, False, None, None, "triton"), "triton"),
+                           ((q, k, v, False, None, None, "torch", ends([0, 9])), r"\[0, 9\]"),
+                           ((q, k, v, False, None, None, "torch", ends([1, 8])), r"\[1, 8\]"),
+                           ((q, k, v, False, None, None, "torch", ends([0, 5, 3, 8])), r"\[0, 5, 3, 8\]"),
+                           ((q, k, v, False, None, None, "torch", ends([0.0, 8.0])), r"\[0.0, 8.0\]"),
+                           ((q[:, :, 1:], k, v, False, None, None, "torch", ends([0, 8])), r"\[0, 8\]")):
+            with self.assertRaisesRegex(ValueError, says.replace("(2", r"\(2").replace("(4", r"\(4").replace(
+                    "(1", r"\(1").replace("16)", r"16\)").replace("15)", r"15\)")):
+                self.fa.flash_attention(*args)
+
+    def test_mutants(self):
+        """Copies of the source with a mistake each are caught by the checks above; the source as it is passes."""
+        text = inspect.getsource(self.fa)
+
+        def passes(changed):
+            module = type(sys)("mutant")
+            module.__file__ = self.fa.__file__
+            with mock.patch.dict(sys.modules, mutant=module):
+                exec(compile(changed, "mutant.py", "exec"), vars(module))
+                module.ROWS, module.COLUMNS, module.HEADS = 16, 24, 3
+                try:
+                    check_masks(module, "torch", torch.double, 1e-9, ("more keys", "window", "documents"))
+                except (AssertionError, RuntimeError, IndexError):
+                    return False
+            return True
+
+        self.assertTrue(passes(text))
+        for old, new in (("o_i.mul_(old).baddbmm_", "o_i.baddbmm_"), 
+                         ("m, l = m_new, l * old + p", "m, l = m_new, l + p"),
+                         ("torch.baddbmm(minus_D_i, do_i", "torch.baddbmm(0 * minus_D_i, do_i"),
+                         ("fold(dlse - D", "fold(-D"), ("(j < hi[i0:i1, None])", "(j <= hi[i0:i1, None])"),
+                         ("(lo[i0:i1, None] <= j)", "(lo[i0:i1, None] < j)"), ("p - window + 1", "p - window"),
+                         ("torch.arange(T_q) + (T_k - T_q)", "torch.arange(T_q)"), 
+                         ("p, right=True", "p, right=False"),
+                         ("* (scale * LOG2E)).flatten", "* scale).flatten"), 
+                         ("DV[n, j0:j1] = dk_j * scale", "DV[n, j0:j1] = dk_j"),
+                         ("(dq_i / LOG2E)", "dq_i"), ("fold(lse * -LOG2E, G)", "fold(-lse, G)"),
+                         ("j1 <= hi[i0])", "j1 <= hi[i1 - 1])"), ("lo[i1 - 1] <= j0", "lo[i0] <= j0"),
+                         ("q.shape[3] ** -0.5 if scale is None else scale, backend", "1.0, backend")):
+            with self.subTest(new):
+                self.assertEqual(text.count(old), 1, old)
+                self.assertFalse(passes(text.replace(old, new)), "not caught")
+
+    def test_counts(self):
+        """FLOPs by the paper's formula, and bytes moved by walking through the tiles."""
+        T, H, D = 96, 3, 16
+        full, causal = self.fa.spans(T, T), self.fa.spans(T, T, True)
+        self.assertEqual(self.fa.flops(*full, H, D), 4 * T**2 * D * H)
+        self.assertEqual(self.fa.flops(*causal, H, D), 4 * (T * (T + 1) / 2) * D * H)
+        self.assertEqual(self.fa.flops(*full, H, D, backward=True), 10 * T**2 * D * H)
+        self.assertEqual(self.fa.io_bytes(*full, T, H, D, 4, naive=True), 4 * H * (4 * T * D + 4 * T * T))
+        self.assertEqual(self.fa.io_bytes(*full, T, H, D, 4, 32, 32), 4 * H * (2 * T * D + 2 * 3 * T * D))
+        self.assertEqual(self.fa.io_bytes(*causal, T, H, D, 2, 32, 32), 2 * H * (2 * T * D + 2 * (32 + 64 + 96) * D))
+
+    # Triton
+
+    def triton(self, check, **environment):
+        if not importlib.util.find_spec("triton"):
+            self.skipTest("no triton")
+        with mock.patch.dict(os.environ, TRITON_CACHE_DIR=str(self.dir), **environment):
+            done = child("-W", "ignore", "-c", f"import tests\ntests.{check}()", cwd=HERE)
+        self.assertEqual(done.returncode, 0, done.stderr[-3000:])
+
+    def test_triton(self):
+        self.triton("check_triton", TRITON_INTERPRET="1")
+
+    def test_triton_compiles(self):
+        self.triton("compile_triton")
+
+    # the task, and training
+
+    def test_batches(self):
+        """Each key asked has its value once in the first half; the answer is that value; a function of the seed."""
+        idx, answers = self.fa.retrieval_batch((1, 2), 4, 64, 8)
+        self.assertEqual((idx.shape, answers.shape), ((4, 64), (4, 16)))
+        for row, right in zip(idx.tolist(), answers.tolist()):
+            pairs = dict(zip(row[:32:2], row[1:32:2]))
+            self.assertEqual(len(pairs), 16)
+            self.assertEqual(sorted(pairs), sorted(row[32::2]))
+            self.assertNotEqual(row[:32:2], row[32::2])
+            self.assertTrue(all(key < 32 <= value < 40 for key, value in pairs.items()))
+            self.assertEqual([pairs[key] - 32 for key in row[32::2]], right)
+            self.assertEqual([value - 32 for value in row[33::2]], right)
+        self.same(list(self.fa.retrieval_batch((1, 2), 4, 64, 8)), [idx, answers])
+        self.assertFalse(torch.equal(self.fa.retrieval_batch((1, 3), 4, 64, 8)[0], idx))
+
+    def test_model(self):
+        """A block against its description in plain torch; answers don't see what comes after them."""
+        torch.manual_seed(0)
+        model = self.fa.RetrievalModel(functools.partial(self.fa.flash_attention, causal=True), 32, 8, 2, 2, 16)
+        idx = self.fa.retrieval_batch(0, 3, 64, 8)[0]
+        x = model.embed(idx)
+        for block in model.blocks:
+            q, v = block.qv(block.norm1(x)).chunk(2, dim=2)
+            k = torch.cat((torch.zeros(3, 1, 16), q[:, :-1]), dim=1)
+            heads = [F.scaled_dot_product_attention(*(t[..., h:h + 8] for t in (q, k, v)), is_causal=True)
+                     for h in (0, 8)]
+            x = x + block.proj(torch.cat(heads, dim=2))
+            x = x + block.fc2(F.gelu(block.fc1(block.norm2(x))))
+        self.close(model(idx), model.head(model.norm(x))[:, 32::2], 1e-5)
+        changed = idx.clone()
+        changed[:, 41:] = 5
+        self.assertTrue(torch.equal(model(changed)[:, :5], model(idx)[:, :5]))
+
+    def train(self, name, *flags, status=0, tiny=True):
+        out = self.dir / name
+        got, text, err = run("flash_attn", *(self.tiny if tiny else ()), *flags, "--out", out)
+        self.assertEqual(got, status, err)
+        rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        ckpt = torch.load(out / "ckpt.pt", weights_only=True)
+        return SimpleNamespace(out=out, text=text, rows=rows, ckpt=ckpt,
+                                     losses={row["step"]: row["loss"] for row in rows if "loss" in row})
+
+    def test_learns(self):
+        """A small task is solved, and naive attention has the same curve and keeps more for the backward pass."""
+        flags = "--block_size 64 --n_embd 32 --steps 120 --batch_size 8 --eval_every 60".split()
+        a = self.train("a", *flags)
+        self.assertGreater(a.rows[-1]["test_accuracy"], 0.95)
+        self.assertLess(a.rows[-1]["gradients_apart"], 1e-4)
+        self.assertGreater(a.rows[-1]["kept_naive_mb"], a.rows[-1]["kept_mb"])
+        b = self.train("b", *flags, "--backend", "naive", "--stop_at", 40)
+        for step, loss in b.losses.items():
+            self.assertAlmostEqual(loss, a.losses[step], delta=1e-3 * loss)
+        c = self.train("c", *flags, "--window", 8)  # the answers are out of sight
+        self.assertLess(c.rows[-1]["test_accuracy"], 0.5)
+
+    def test_resume(self):
+        a, b = self.train("a"), self.train("b", "--stop_at", 3)
+        self.assertEqual(b.ckpt["step"], 3)
+        b = self.train("b", "--resume", tiny=False)
+        for key in ("model", "optimizer", "best"):
+            self.same(a.ckpt[key], b.ckpt[key], key)
+        self.assertEqual(a.losses[8], b.losses[8])
+        again = self.train("b", "--resume", tiny=False)  # nothing is left to do
+        self.same(a.ckpt["model"], again.ckpt["model"])
+        self.assertEqual(sum("final" in row for row in again.rows), 1)
+        e = self.train("e", "--eval_every", 1, "--log_every", 5)  # evaluating more often changes nothing
+        self.same(a.ckpt["model"], e.ckpt["model"])
+        self.assertNotEqual(self.train("s", "--seed", 7).losses, a.losses)
+
+    def test_best(self):
+        a = self.train("a", "--eval_every", 2)
+        best = torch.load(a.out / "best.pt", weights_only=True)
+        scores = {row["step"]: row["val_accuracy"] for row in a.rows if "val_accuracy" in row}
+        self.assertEqual((list(scores), best["best"]), ([0, 2, 4, 6, 8], max(scores.values())))
+        self.assertEqual(best["step"], max(scores, key=scores.get))
+
+    def test_ctrl_c(self):
+        a, batch, calls = self.train("a"), self.fa.retrieval_batch, []
+
+        def interrupted(seed, *args):
+            calls.append(seed)
+            if seed == (0, 0, 5):
+                signal.raise_signal(signal.SIGINT)
+            return batch(seed, *args)
+
+        handler = signal.getsignal(signal.SIGINT)
+        with mock.patch.object(self.fa, "retrieval_batch", interrupted):
+            b = self.train("b", status=130)
+        self.assertIs(signal.getsignal(signal.SIGINT), handler)
+        self.assertEqual(b.ckpt["step"], 6)
+        command = re.search(r"python flash_attn\.py (.*--resume.*)", b.text)[1]
+        self.assertEqual(run("flash_attn", *shlex.split(command))[0], 0)
+        self.same(a.ckpt["model"], torch.load(b.out / "ckpt.pt", weights_only=True)["model"])
+
+    def test_not_finite(self):
+        status, _, err = run("flash_attn", *self.tiny, "--out", self.dir, "--lr", 9e18, "--warmup", 0,
+                             "--log_every", 1)
+        self.assertEqual(status, 1, err)
+        self.assertRegex(err, r"\Aflash_attn\.py: [^\n]*(nan|inf)[^\n]* step \d\b[^\n]*\n\Z")
+        self.assertEqual(torch.load(self.dir / "ckpt.pt", weights_only=True)["step"], 0)
+
+    def test_compile_flag(self):
+        """The compiled model learns as the eager one does; attention stays out of the graph."""
+        compiled = functools.partial(torch.compile, backend="eager")
+        with mock.patch.object(torch, "compile", compiled):
+            a = self.train("a", "--compile")
+        for step, loss in self.train("b").losses.items():
+            self.assertAlmostEqual(a.losses[step], loss, delta=1e-4 * loss)
+
+    def test_bfloat16(self):
+        losses = [self.train(dtype, "--dtype", dtype).losses for dtype in ("bfloat16", "float32")]
+        for step, loss in losses[1].items():
+            self.assertAlmostEqual(losses[0][step], loss, delta=0.03 * loss)
+
+    # the other commands
+
+    def test_bench(self):
+        status, text, err = run("flash_attn", "--bench", "--lengths", "64,300", "--heads", 2, "--window", 40, "--out",
+                                self.dir)
+        self.assertEqual(status, 0, err)
+        rows = json.loads((self.dir / "bench.json").read_text())
+        self.assertEqual([(row["T"], row["backend"]) for row in rows],
+                         list(itertools.product((64, 300), ("naive", "sdpa", "torch"))))
+        self.assertTrue(all(0 < row["forward_ms"] and 0 < row["both_ms"] for row in rows))
+        lines = [e.get("points") for e in xml.etree.ElementTree.parse(self.dir / "bench.svg").iter()
+                 if e.tag.endswith("polyline")]
+        self.assertEqual(len(lines), 6)
+        with mock.patch.object(self.fa, "free_bytes", lambda device: 1000.0):
+            status, text, _ = run("flash_attn", "--bench", "--lengths", "64", "--heads", 1, "--out", self.dir)
+        self.assertRegex(text, r"64 +naive skipped: .*GB are free")
+
+    def test_memory(self):
+        """Memory above inputs and outputs grows with T, not T²; that of the naive one is T² matrices."""
+        if not Path("/proc/self/clear_refs").exists():
+            self.skipTest("only Linux tells a process's peak")
+        code = ("import flash_attn as f; c = f.Config(heads=4); "
+                "print(*(f.bench_case(c, kind, 2048)[2] for kind in ('torch', 'naive')))")
+        done = child("-c", code, cwd=HERE)
+        ours, naive = map(float, done.stdout.split() or self.fail(done.stderr))
+        self.assertLess(ours, 20)
+        self.assertGreater(naive, 2 * 4 * 2048**2 * 4 / 2**20)  # two matrices of 4 heads at least
+
+    def test_tiles(self):
+        with mock.patch.multiple(self.fa, ROWS=256, COLUMNS=256):
+            status, text, err = run("flash_attn", "--tiles", "--block_size", 1024, "--window", 300)
+        self.assertEqual((status, err), (0, ""))
+        self.assertEqual([line.split()[-1] for line in text.splitlines()[:4]], ["▒···", "▒▒··", "▒▒▒·", "·▒▒▒"])
+        self.assertIn("7 skipped (·), 9 masked (▒), 0 full (█)", text)
+
+    def test_bad_flags(self):
+        for flags in """--block_size 30; --block_size 0; --block_size 2.5; --n_values 0; --n_layer 0;
+                --n_head 3; --n_head 0; --n_embd 0; --backend cuda; --backend=; --backend triton;
+                --window 0; --window -1; --window 2.5; --lr 0; --lr nan; --lr -1; --lr inf; --warmup
+                -1; --batch_size 0; --steps 0; --steps 1.5; --stop_at 0; --stp 5; --eval_every 0;
+                --log_every 0; --seed -1; --dtype int8; --device nowhere; --lengths 12,x;
+                --lengths=; --lengths 0; --heads 0; --head_dim 0; --no_such_flag 1; --steps; stray;
+                --resume""".split(";"):
+            flags = flags.split()
+            with folder(self.dir):
+                status, _, err = run("flash_attn", *self.tiny, *flags)
+            self.assertEqual(status, 2, (flags, err))
+            self.assertRegex(err, r"\Aflash_attn\.py: [^\n]+\n\Z", flags)
+        self.assertEqual(snapshot(self.dir), {})
+        (self.dir / "text.txt").write_text("hello")
+        status, _, err = run("flash_attn", *self.tiny, "--out", self.dir / "text.txt")
+        self.assertEqual((status, err.count("\n")), (1, 1), err)
+        a = self.train("a", "--steps", 2)
+        for content in (b"", b"noise", (a.out / "ckpt.pt").read_bytes()[:-999]):
+            (a.out / "ckpt.pt").write_bytes(content)
+            status, _, err = run("flash_attn", "--resume", "--out", a.out)
+            self.assertEqual((status, err.count("\n")), (2, 1), err)
+        self.assertIn("ckpt.pt", err)
+
+    def test_command_line(self):
+        done = child(HERE / "flash_attn.py", "--lr", "nan", cwd=self.dir)
+        self.assertEqual((done.returncode, done.stdout, snapshot(self.dir)), (2, "", {}))
+        self.assertRegex(done.stderr, r"\Aflash_attn\.py: [^\n]+\n\Z")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# mae.py
+
+
+def slow_patchify(x, P):
+    """An image (3, S, S) as rows of numbers, a pixel after the other."""
+    S = x.size(1)
+    return torch.stack([torch.stack([x[c, i + p, j + q] for p in range(P) for q in range(P) for c in range(3)])
+                        for i in range(0, S, P) for j in range(0, S, P)])
+
+
+def slow_targets(x, P, normalised):
+    """The same, each row less its mean, over its unbiased deviation, 1e-6 added to the variance."""
+    rows = slow_patchify(x, P)
+    if not normalised:
+        return rows
+    n = rows.size(1)
+    means = [sum(row) / n for row in rows]
+    return torch.stack([(row - m) / (sum((v - m) ** 2 for v in row) / (n - 1) + 1e-6) ** 0.5
+                        for row, m in zip(rows, means)])
+
+
+def slow_positions(dim, grid):
+    """A patch at a time: sines and cosines of its column, then of its row."""
+    table = []
+    for y, x in itertools.product(range(grid), range(grid)):
+        angles = [[p / 10000 ** (4 * i / dim) for i in range(dim // 4)] for p in (x, y)]
+        table.append([f(a) for part in angles for f in (math.sin, math.cos) for a in part])
+    return torch.tensor(table, dtype=torch.double)
+
+
+def slow_mae(w, images, noise, ratio, heads, decoder_heads, normalised):
+    """Loss, predictions and mask of a state dict in the official names: an image at a time, a gap at a time."""
+    def pair(name):
+        return w[f"{name}.weight"], w[f"{name}.bias"]
+
+    def blocks(x, name, heads):
+        n = 0
+        while f"{name}.{n}.norm1.weight" in w:
+            x = slow_encoder_block(x, heads, *(pair(f"{name}.{n}.{part}") for part in (
+                "norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")))
+            n += 1
+        return x
+
+    P, first, losses, preds, masks = w["patch_embed.proj.weight"].size(2), int("cls_token" in w), [], [], []
+    for image, z in zip(images, noise.tolist()):
+        order = sorted(range(len(z)), key=z.__getitem__)
+        kept, removed = order[:int(len(z) * (1 - ratio))], order[int(len(z) * (1 - ratio)):]
+        x = slow_patches(image[None], *pair("patch_embed.proj"))[0] + w["pos_embed"][0, first:]
+        x = x[kept]
+        if first:
+            x = torch.cat((w["cls_token"][0] + w["pos_embed"][0, :1], x))
+        x = slow_layer_norm(blocks(x[None], "blocks", heads)[0], *pair("norm"))
+        x = x @ w["decoder_embed.weight"].T + w["decoder_embed.bias"]
+        y = [w["mask_token"][0, 0]] * len(z)
+        for i, patch in enumerate(kept):
+            y[patch] = x[first + i]
+        y = torch.stack([*x[:first], *y]) + w["decoder_pos_embed"][0]
+        y = slow_layer_norm(blocks(y[None], "decoder_blocks", decoder_heads)[0], *pair("decoder_norm"))
+        preds.append(y[first:] @ w["decoder_pred.weight"].T + w["decoder_pred.bias"])
+        error = (preds[-1] - slow_targets(image, P, normalised)) ** 2
+        losses += [error[i].sum() / error.size(1) for i in removed]
+        masks.append([float(i in removed) for i in range(len(z))])
+    return sum(losses) / len(losses), torch.stack(preds), torch.tensor(masks)
+
+
+def official_mae_shapes(dim, depth, patch, image, decoder_dim=None, decoder_depth=0):
+    """Names and shapes of the published state dicts; without decoder_dim those of the encoder alone."""
+    tokens = 1 + (image // patch) ** 2
+    shapes = {"cls_token": (1, 1, dim), "pos_embed": (1, tokens, dim), "patch_embed.proj.bias": (dim,),
+              "patch_embed.proj.weight": (dim, 3, patch, patch), "norm.weight": (dim,), "norm.bias": (dim,)}
+
+    def blocks(name, C, n):
+        for i, (part, *shape) in itertools.product(range(n), (("norm1", C), ("attn.qkv", 3 * C, C), ("norm2", C),
+                                                              ("attn.proj", C, C), ("mlp.fc1", 4 * C, C),
+                                                              ("mlp.fc2", C, 4 * C))):
+            shapes.update({f"{name}.{i}.{part}.weight": tuple(shape), f"{name}.{i}.{part}.bias": (shape[0],)})
+
+    blocks("blocks", dim, depth)
+    if decoder_dim:
+        D, out = decoder_dim, 3 * patch**2
+        shapes |= {"mask_token": (1, 1, D), "decoder_pos_embed": (1, tokens, D), "decoder_embed.weight": (D, dim),
+                   "decoder_embed.bias": (D,), "decoder_norm.weight": (D,), "decoder_norm.bias": (D,),
+                   "decoder_pred.weight": (out, D), "decoder_pred.bias": (out,)}
+        blocks("decoder_blocks", D, decoder_depth)
+    return shapes
+
+
+def slow_knn(train_z, train_y, test_z, test_y, k, temperature):
+    right = 0
+    for z, y in zip(test_z.tolist(), test_y.tolist()):
+        scores, votes = [], collections.Counter()
+        for other, label in zip(train_z.tolist(), train_y.tolist()):
+            lengths = math.hypot(*z) * math.hypot(*other)
+            scores.append((sum(a * b for a, b in zip(z, other)) / lengths, label))
+        for cosine, label in sorted(scores, reverse=True)[:k]:
+            votes[label] += math.exp(cosine / temperature)
+        right += votes.most_common(1)[0][0] == y
+    return right / len(test_y)
+
+
+def slow_probe(train_z, train_y, val_z, val_y, test_z, test_y, rates, steps):
+    """By torch's own modules, all training features in a batch; (validation, test) accuracy for each rate."""
+    accuracies = []
+    for rate in rates:
+        norm = nn.BatchNorm1d(train_z.size(1), eps=1e-6, momentum=None, affine=False).double()
+        layer = nn.Linear(train_z.size(1), int(train_y.max()) + 1).double()
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+        optimizer = torch.optim.SGD(layer.parameters(), rate, momentum=0.9)
+        for step in range(steps):
+            optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+            F.cross_entropy(layer(norm(train_z)), train_y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        z = (train_z.mean(0), train_z.var(0, unbiased=False))
+        accuracies.append([(layer((x - z[0]) / (z[1] + 1e-6).sqrt()).argmax(1) == y).double().mean().item()
+                           for x, y in ((val_z, val_y), (test_z, test_y))])
+    return accuracies
+
+
+def small_mae():
+    """A patch of mae.py for runs that take half a second: few images, and short probes."""
+    import mae
+    draw, few = mae.make_shapes, {10000: 240, 1000: 60, 2000: 60}
+    return mock.patch.multiple(mae, make_shapes=lambda n, seed: drawn(draw, few.get(n, n), seed),
+                               linear_probe=functools.partial(mae.linear_probe, epochs=1, at_least=4, rates=(0.1, 1)))
+
+
+class TestMAE(Case):
+    @classmethod
+    def setUpClass(cls):
+        import mae
+        cls.mae, cls.draw, cls.probe = mae, staticmethod(mae.make_shapes), staticmethod(mae.linear_probe)
+        cls.threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+
+    @classmethod
+    def tearDownClass(cls):
+        torch.set_num_threads(cls.threads)
+        drawn.cache_clear()
+
+    def setUp(self):
+        super().setUp()
+        torch.manual_seed(0)
+        patch = small_mae()
+        patch.start()
+        self.addCleanup(patch.stop)
+        self.tiny = """--batch_size 16 --steps 12 --eval_every 6 --log_every 3 --warmup 2 --dtype float32 --dim 32
+            --patch_size 8 --depth 2 --heads 2 --decoder_dim 16 --decoder_heads 2 --probe_images 80""".split()
+
+    # helpers
+
+    def train(self, name, *flags, tiny=True, status=0):
+        """A small run into the folder name: its out, rows of the log, text, checkpoint."""
+        out = self.dir / name
+        got, text, err = run("mae", *(self.tiny if tiny else ()), "--out", out, *flags)
+        self.assertEqual(got, status, err)
+        return self.look(out, text, err)
+
+    def look(self, out, text="", err=""):
+        rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        return SimpleNamespace(out=out, rows=rows, text=text, err=err,
+                               ckpt=torch.load(out / "ckpt.pt", weights_only=True),
+                               losses={r["step"]: r["loss"] for r in rows if "loss" in r},
+                               val={r["step"]: r["val_loss"] for r in rows if "val_loss" in r})
+
+    def same_run(self, a, b):
+        """The same parameters, optimiser, best probe, and rows of the log but for times, bit for bit."""
+        for key in ("model", "optimizer", "step", "best", "encoder"):
+            self.same(a.ckpt[key], b.ckpt[key], key)
+        times = ("ms", "seconds", "images_per_s", "peak_mb")
+        self.assertEqual(*([{k: v for k, v in row.items() if k not in times} for row in run.rows] for run in (a, b)))
+
+    def bad(self, *flags, says=(), status=2):
+        """Bad input: the status, one line on stderr that begins with the script's name, nothing on disk changes."""
+        before = snapshot(self.dir)
+        with self.subTest(flags=" ".join(map(str, flags))[-90:]), folder(self.dir):
+            got, out, err = run("mae", *flags)
+            self.assertEqual(got, status, err)
+            self.assertRegex(err, r"\Amae\.py: [^\n]+\n\Z")
+            for word in [says] if isinstance(says, str) else says:
+                self.assertIn(str(word), err)
+            self.assertNotIn("Traceback", out)
+            self.assertEqual(sorted(snapshot(self.dir)), sorted(before), "files came or went")
+            self.assertTrue(snapshot(self.dir) == before, "a file changed")
+
+    def model(self, image_size=16, patch_size=4, dim=24, depth=2, heads=3, decoder_dim=16, decoder_depth=1,
+              decoder_heads=2, seed=0, scale=1.0, **more):
+        """A small MAE in fp64 with random weights, positions as they are; and copies of them, with gradients."""
+        model = self.mae.MAE(image_size, patch_size, dim, depth, heads, decoder_dim, decoder_depth, decoder_heads,
+                             **more).double()
+        w = random_vit({k: tuple(t.shape) for k, t in model.state_dict().items()}, seed)
+        w = {k: t if "pos_embed" in k else scale * w[k].double() for k, t in model.state_dict().items()}
+        model.load_state_dict(w)
+        return model, {k: t.clone().requires_grad_("pos_embed" not in k) for k, t in w.items()}
+
+    def images(self, n, size=32, seed=0):
+        g = torch.Generator().manual_seed(seed)
+        return torch.randint(0, 256, (n, 3, size, size), generator=g, dtype=torch.uint8)
+
+    def config(self, **more):
+        return self.mae.Config(**{"batch_size": 8, "steps": 20, "warmup": 3, **more})
+
+    # model
+
+    def test_patchify(self):
+        for S, P in ((12, 4), (6, 3), (5, 1), (8, 8)):
+            x = torch.randn(2, 3, S, S).double()
+            patches = self.mae.patchify(x, P)
+            self.same(patches, torch.stack([slow_patchify(image, P) for image in x]))
+            self.same(self.mae.unpatchify(patches, P), x)
+            self.same(self.mae.patchify(x.contiguous(memory_format=torch.channels_last), P), patches)
+
+    def test_positions(self):
+        """Both tables are the loop's, the class token's row is 0, and they are kept but not trained."""
+        for first in (0, 1):
+            model = self.mae.MAE(20, 4, 24, 1, 3, 16, 1, 2, class_token=bool(first))
+            for name, dim in (("pos_embed", 24), ("decoder_pos_embed", 16)):
+                table = model.state_dict()[name]
+                self.assertEqual(tuple(table.shape), (1, first + 25, dim))
+                self.assertEqual(table[0, :first].abs().sum().item(), 0)
+                self.close(table[0, first:], slow_positions(dim, 5), 1e-6)
+                self.assertFalse(getattr(model, name).requires_grad)
+        self.assertEqual("cls_token" in model.state_dict(), True)
+
+    def test_masks(self):
+        """Kept and removed patches partition each image at exactly the ratio; restoring undoes the shuffle."""
+        for size, patch, ratio, kept in ((16, 4, 0.75, 4), (32, 4, 0.5, 32), (32, 4, 0.9, 6), (20, 4, 0.3, 17),
+                                         (32, 4, 0.95, 3), (16, 4, 0.01, 15), (224, 16, 0.75, 49)):
+            model = self.mae.MAE(size, patch, 8, 1, 2, 8, 1, 2, class_token=False)
+            N, x = (size // patch) ** 2, torch.randn(3, 3, size, size)
+            noise, tokens = torch.rand(3, N), model.tokens(x)
+            with mock.patch.object(model, "encoder", lambda x: x):
+                seen, mask, restore = model.encode(x, ratio, noise)
+            self.assertEqual(seen.size(1), kept)
+            self.assertEqual(mask.sum(dim=1).tolist(), [N - kept] * 3)
+            self.assertEqual(set(mask.flatten().tolist()), {0.0, 1.0})
+            for n in range(3):
+                order = sorted(range(N), key=noise[n].tolist().__getitem__)
+                self.same(seen[n], tokens[n, order[:kept]])  # these, in this order, with their positions
+                self.assertEqual([i for i in range(N) if mask[n, i] == 0], sorted(order[:kept]))
+                self.assertEqual([order[i] for i in restore[n]], list(range(N)))
+            self.assertGreater(len({tuple(row) for row in mask.tolist()}), 1)  # each image has its own
+            self.same(model(x, ratio, noise)[2], mask)
+
+    def test_equations(self):
+        """Loss, predictions, mask and all gradients against a loop over images and patches in fp64."""
+        kinds = itertools.product((True, False), (True, False), ((0.75, 1.0), (0.4, 3.0)))
+        for normalised, class_token, (ratio, scale) in kinds:
+            model, w = self.model(norm_pix_loss=normalised, class_token=class_token, scale=scale)
+            x, noise = torch.randn(2, 3, 16, 16).double(), torch.rand(2, 16)
+            loss, pred, mask = model(x, ratio, noise)
+            want = slow_mae(w, x, noise, ratio, 3, 2, normalised)
+            for got, wanted in zip((loss, pred, mask), want):
+                self.close(got, wanted, 1e-9)
+            loss.backward()
+            want[0].backward()
+            for name, p in model.named_parameters():
+                if "pos_embed" not in name:
+                    self.close(p.grad, w[name].grad, 1e-8, name)
+            features = model.features(x, "cls") if class_token else model.features(x)
+            z = slow_patches(x, w["patch_embed.proj.weight"], w["patch_embed.proj.bias"]) + w["pos_embed"][
+                :, int(class_token):]
+            z = torch.cat((w["cls_token"].expand(2, -1, -1), z), 1) if class_token else z
+            for n in range(2):
+                z = slow_encoder_block(z, 3, *((w[f"blocks.{n}.{part}.weight"], w[f"blocks.{n}.{part}.bias"])
+                                               for part in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1",
+                                                            "mlp.fc2")))
+            z = slow_layer_norm(z, w["norm.weight"], w["norm.bias"])
+            self.close(features, z[:, 0] if class_token else sum(z.unbind(1)) / 16, 1e-9)
+            if class_token:
+                self.close(model.features(x, "mean"), sum(z[:, 1:].unbind(1)) / 16, 1e-9)
+
+    def test_hidden(self):
+        """The encoder cannot see removed patches: with other pixels there, its output is the same bit for bit."""
+        for dtype in (torch.float32, torch.bfloat16):
+            model = self.mae.MAE(32, 4, 32, 2, 2, 16, 1, 2)
+            x, noise = torch.randn(4, 3, 32, 32), torch.rand(4, 64)
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                seen, mask, _ = model.encode(x, 0.75, noise)
+                hole = self.mae.unpatchify(mask[:, :, None].expand(-1, -1, 48).contiguous(), 4) == 1
+                other = torch.where(hole, 9 * torch.randn(x.shape), x)
+                self.same(model.encode(other, 0.75, noise)[0], seen)
+                self.same(model(other, 0.75, noise)[1], model(x, 0.75, noise)[1])  # nor the decoder
+                self.assertNotEqual(model(other, 0.75, noise)[0].item(), model(x, 0.75, noise)[0].item())
+                other = torch.where(hole, x, x + 0.5)
+                self.assertTrue(((model.encode(other, 0.75, noise)[0] - seen).abs().amax((1, 2)) > 0.01).all())
+
+    def test_visible_ignored(self):
+        """The loss is the removed patches' alone: whatever is predicted for the others."""
+        model, _ = self.model()
+        x, noise = torch.randn(2, 3, 16, 16).double(), torch.rand(2, 16)
+        pred = torch.randn(2, 16, 48).double().requires_grad_()
+        with mock.patch.object(model, "decode", lambda *_: pred):
+            loss, _, mask = model(x, 0.75, noise)
+            grad = torch.autograd.grad(loss, pred)[0]
+            self.assertTrue((grad[mask == 0] == 0).all() and (grad[mask == 1] != 0).all())
+            with torch.no_grad():
+                pred[mask == 0] += 5
+            self.same(model(x, 0.75, noise)[0], loss)
+
+    def test_targets(self):
+        """Normalised patches against a loop, one of a single value too; mean and deviation undo it."""
+        x = torch.randn(2, 3, 16, 16).double()
+        x[0, :, :4, :4] = 0.7
+        for normalised in (True, False):
+            model, _ = self.model(norm_pix_loss=normalised)
+            target, mean, std = model.targets(x)
+            self.close(target, torch.stack([slow_targets(image, 4, normalised) for image in x]), 1e-9)
+            self.close(target * std + mean, self.mae.patchify(x, 4), 1e-12)
+
+    def test_random_noise(self):
+        """Without noise every patch is as likely to be removed, and each call's masks are new."""
+        model = self.mae.MAE(16, 8, 8, 1, 2, 8, 1, 2)
+        masks = model(torch.zeros(2000, 3, 16, 16), 0.5)[2]
+        self.assertEqual(masks.sum(1).unique().tolist(), [2])
+        self.assertLess((masks.mean(0) - 0.5).abs().max().item(), 0.05)
+        self.assertEqual(len({tuple(m) for m in masks.tolist()}), 6)  # 2 of 4
+        self.assertFalse(torch.equal(model(torch.zeros(2000, 3, 16, 16), 0.5)[2], masks))
+
+    def test_mask_kinds(self):
+        rng, grid, B = np.random.default_rng(0), 8, 200
+        rows, columns = np.mgrid[:grid, :grid].reshape(2, -1)
+
+        def removed(kind, ratio):
+            noise = self.mae.mask_noise(kind, rng, B, grid)
+            self.assertEqual((noise.shape, noise.dtype), ((B, 64), np.float32))
+            return np.argsort(noise, axis=1)[:, int(64 * (1 - ratio)):]
+
+        kept = np.zeros(64)
+        for gone in removed("random", 0.75):
+            kept[np.setdiff1d(np.arange(64), gone)] += 1
+        self.assertLess(abs(kept / B - 0.25).max(), 0.15)
+        first = collections.Counter()
+        for gone in removed("grid", 0.75):  # of each 2 × 2 patches the same one stays
+            left = np.setdiff1d(np.arange(64), gone)
+            [kind] = {(r % 2, c % 2) for r, c in zip(rows[left], columns[left])}
+            self.assertEqual(len({(r // 2, c // 2) for r, c in zip(rows[left], columns[left])}), 16)
+            first[kind] += 1
+        self.assertTrue(len(first) == 4 and min(first.values()) > B / 8, first)
+        for gone in removed("grid", 0.5):
+            self.assertEqual(len({(r % 2, c % 2) for r, c in zip(rows[gone], columns[gone])}), 2)
+        tall, centres = 0, set()
+        for gone in removed("block", 0.4):  # a rectangle without holes, its last row or column begun
+            r, c = rows[gone], columns[gone]
+            box = (np.ptp(r) + 1) * (np.ptp(c) + 1)
+            self.assertLess(box - len(gone), max(np.ptp(r), np.ptp(c)) + 1)
+            tall += np.ptp(r) > np.ptp(c)
+            centres.add((int(r.mean()), int(c.mean())))
+        self.assertTrue(B / 4 < tall < 3 * B / 4 and len(centres) > 8, (tall, centres))
+        long = [0, 0]
+        for gone in removed("block", 0.2):  # away from the borders: from square to three times as long as wide
+            sides = sorted((np.ptp(rows[gone]) + 1, np.ptp(columns[gone]) + 1))
+            if all(0 < t.min() and t.max() < 7 for t in (rows[gone], columns[gone])):
+                long[0] += sides[1] >= 2 * sides[0]
+                long[1] += sides[1] <= 1.5 * sides[0]
+        self.assertGreater(min(long), 1)
+
+    def test_wrong_sizes(self):
+        for sizes in ((30, 4, 24, 1, 3, 16, 1, 2), (32, 4, 24, 1, 5, 16, 1, 2), (32, 4, 24, 1, 3, 16, 1, 3),
+                      (32, 4, 18, 1, 3, 16, 1, 2)):
+            with self.assertRaises(ValueError):
+                self.mae.MAE(*sizes)
+        model, x = self.mae.MAE(16, 8, 8, 1, 2, 8, 1, 2), torch.zeros(1, 3, 16, 16)
+        for images, ratio in ((x, 0.9), (x, 0), (x, 1e-17), (x, -1), (torch.zeros(1, 3, 24, 24), 0.5)):
+            with self.assertRaises(ValueError):
+                model(images, ratio)
+
+    def test_initial_weights(self):
+        """Xavier's bound, q, k and v as one matrix and the patch projection flat; tokens of deviation .02."""
+        model = self.mae.MAE(32, 4, 192, 1, 3, 128, 1, 4)
+        w = model.state_dict()
+        self.assertEqual(len(w), 38)
+        for name, t in w.items():
+            if name.endswith("_token"):
+                self.assertTrue(0.015 < t.std().item() < 0.025, name)
+            elif t.dim() > 1 and "pos_embed" not in name:
+                rows, columns = t.flatten(1).shape
+                bound = (6 / (rows + columns)) ** 0.5
+                self.assertLessEqual(t.abs().max().item(), bound, name)
+                self.assertGreater(t.abs().max().item(), 0.98 * bound, name)
+                self.assertLess(abs(t.std().item() / bound * 3**0.5 - 1), 0.03, name)
+            elif t.dim() == 1 and name != "patch_embed.proj.bias":
+                self.assertEqual(t.unique().tolist(), [1.0 if "norm" in name and "weight" in name else 0.0], name)
+
+    # official weights
+
+    def pth(self, name, w, **more):
+        torch.save({"model": w, **more}, self.dir / name)
+        return self.dir / name
+
+    def test_official_shapes(self):
+        """A state dict of the published names and shapes loads strictly, and gives what a loop makes of it."""
+        with torch.device("meta"):
+            model = self.mae.MAE(224, 16, 768, 12, 12, 512, 8, 16)
+        want = official_mae_shapes(768, 12, 16, 224, 512, 8)
+        self.assertEqual({k: tuple(t.shape) for k, t in model.state_dict().items()}, want)
+        w = random_vit(official_mae_shapes(128, 2, 8, 24, 64, 1))
+        x, noise = torch.randn(2, 3, 24, 24), torch.rand(2, 9)
+        for name, normalised in (("mae_visualize_small.pth", False), ("full.pth", True)):
+            model = self.mae.MAE.from_pretrained(self.pth(name, w, epoch=3))
+            self.assertEqual((model.fresh_decoder, model.norm_pix_loss), (False, normalised))
+            got = model(x, 0.5, noise)
+            want = slow_mae({k: t.double() for k, t in w.items()}, x.double(), noise, 0.5, 2, 2, normalised)
+            for a, b in zip(got, want):
+                self.close(a, b, 1e-5)
+            self.same({k: model.state_dict()[k] for k in w}, w)
+        encoder = {k: t for k, t in w.items() if not k.startswith(("decoder", "mask_token"))}
+        model = self.mae.MAE.from_pretrained(self.pth("encoder.pth", encoder), decoder_dim=32, decoder_depth=2,
+                                             decoder_heads=4)
+        self.assertTrue(model.fresh_decoder)
+        self.same({k: model.state_dict()[k] for k in encoder}, encoder)
+        self.assertEqual(len(model.decoder_blocks), 2)
+
+    def test_official_refused(self):
+        """Anything missing but a whole decoder, or more, or of another shape; what is no state dict; code."""
+        w, name = random_vit(official_mae_shapes(64, 1, 8, 24, 32, 1)), "mae_visualize.pth"
+        for change in (lambda w: w.pop("norm.weight"), lambda w: w.pop("decoder_norm.bias"),
+                       lambda w: w.pop("mask_token"), lambda w: w.pop("decoder_blocks.0.attn.qkv.bias"),
+                       lambda w: w.update(more=torch.ones(1)), lambda w: w.update(pos_embed=torch.ones(1, 9, 64)),
+                       lambda w: w.update({"norm.bias": torch.ones(65)}), lambda w: w.pop("cls_token")):
+            wrong = dict(w)
+            change(wrong)
+            self.bad("--reconstruct", self.pth(name, wrong), "--out", self.dir / "o", says=name)
+        marker = self.dir / "marker"
+        for content in ({**w, "norm.bias": Evil(marker)}, [1, 2], {"a": 1}, {k: 1 for k in w},
+                        random_weights({"conv1.weight": (4, 3, 3, 3)})):
+            self.bad("--reconstruct", self.pth(name, content), "--out", self.dir / "o", says=name)
+        (self.dir / name).write_bytes(self.pth("x", w).read_bytes()[:5000])
+        self.bad("--reconstruct", self.dir / name, says=name)
+        self.assertFalse(marker.exists())
+        encoder = {k: t for k, t in w.items() if not k.startswith(("decoder", "mask_token"))}
+        self.bad("--reconstruct", self.pth("e.pth", encoder), says=("e.pth", "decoder"))
+
+    def test_official_download(self):
+        """A name downloads the file from its publisher, unless its hash differs."""
+        w, asked, get = random_vit(official_mae_shapes(64, 1, 16, 32)), [], self.mae.requests.get
+        body = self.pth("x", w).read_bytes()
+        server = Server(self, dict(body=body))
+
+        def redirected(url, **how):
+            asked.append(url)
+            return get(server.url, **how)
+
+        name, data = "mae_pretrain_vit_base", self.dir / "data"
+        published = "https://dl.fbaipublicfiles.com/mae/pretrain/mae_pretrain_vit_base.pth"
+        with mock.patch.object(self.mae.requests, "get", redirected), \
+                contextlib.redirect_stderr(io.StringIO()) as err:
+            with self.assertRaisesRegex(ValueError, "md5"):
+                self.mae.MAE.from_pretrained(name, data)
+            self.assertEqual([*data.iterdir()], [])
+            mine = f"md5:{hashlib.md5(body).hexdigest()[:6]}"
+            for checksum in (mine, None):
+                with mock.patch.dict(self.mae.OFFICIAL, {name: (published, checksum)}):
+                    model = self.mae.MAE.from_pretrained(name, data)
+                    (data / f"{name}.pth").unlink()
+        self.assertIn(f"of {len(body) / 1e6:.1f} MB", err.getvalue())
+        self.assertEqual(asked, [published] * 3)
+        self.assertTrue(model.fresh_decoder and model.norm_pix_loss)
+        for name, (address, checksum) in self.mae.OFFICIAL.items():
+            self.assertEqual(address.split("/")[-2:], [name.split("_")[1], f"{name}.pth"])
+            self.assertRegex(checksum or "md5:0", r"\Amd5:[0-9a-f]+\Z")
+
+    def test_reconstruct(self):
+        """The sheet: each image, what is left of it, and that with the gaps as predicted; the rest is untouched."""
+        w = random_vit(official_mae_shapes(64, 1, 8, 32, 32, 1))
+        w["decoder_pred.weight"].zero_()
+        w["decoder_pred.bias"].zero_()  # predicts the mean: of all images, or with normalised pixels of the patch
+        images, labels = self.draw(60, 2)
+        first = [labels.tolist().index(k) for k in range(10)]
+        for name, normalised in (("mae_visualize.pth", False), ("full.pth", True)):
+            status, out, err = run("mae", "--reconstruct", self.pth(name, w), "--out", self.dir, "--mask_ratio", 0.5)
+            self.assertEqual((status, err), (0, ""))
+            self.assertIn("original, what is left, rebuilt" + " (with each true patch's" * normalised, out)
+            sheet = slow_png(self.dir / "reconstruct.png")
+            self.assertEqual(sheet.shape, (4 + 5 * 100, 4 + 6 * 100, 3))
+            for n, index in enumerate(first):
+                row = sheet[4 + n // 2 * 100:][:96:3].astype(int)
+                true, left, rebuilt = (row[:, 4 + 100 * (3 * (n % 2) + k):][:, :96:3] for k in range(3))
+                image = images[index].permute(1, 2, 0).numpy().astype(int)
+                self.assertLessEqual(abs(true - image).max(), 1)
+                gaps = 0
+                for i, j in itertools.product(range(0, 32, 8), range(0, 32, 8)):
+                    part = image[i:i + 8, j:j + 8]
+                    if (left[i:i + 8, j:j + 8] == 128).all():
+                        gaps += 1
+                        m, s = map(np.array, self.mae.CIFAR10_STATS)
+                        mean = 255 * (m + s * ((part / 255 - m) / s).mean() * normalised)
+                        self.assertLessEqual(abs(rebuilt[i:i + 8, j:j + 8] - mean.clip(0, 255)).max(), 1)
+                    else:
+                        self.assertLessEqual(abs(left[i:i + 8, j:j + 8] - part).max(), 1)
+                        self.assertLessEqual(abs(rebuilt[i:i + 8, j:j + 8] - part).max(), 1)
+                self.assertEqual(gaps, 8)
+
+    def test_picture(self):
+        path = self.pth("mae_visualize.pth", random_vit(official_mae_shapes(64, 1, 8, 32, 32, 1)))
+        red, green = bytes([255, 0, 0]), bytes([0, 200, 0])
+        (self.dir / "x.ppm").write_bytes(b"P6 40 60 255\n" + 400 * red + 1600 * green + 400 * red)
+        flags = ["--reconstruct", path, "--picture", self.dir / "x.ppm", "--out", self.dir]
+        with mock.patch.dict(sys.modules, PIL=None):
+            self.bad(*flags, says="pip install pillow")
+        self.bad(*flags[:2], "--picture", self.dir / "none.jpg", says="none.jpg")
+        self.bad(*flags[2:], says="--reconstruct")
+        try:
+            import PIL.Image
+        except ImportError:
+            self.skipTest("no pillow")
+        self.assertEqual(run("mae", *flags)[0], 0)
+        sheet = slow_png(self.dir / "reconstruct.png")
+        self.assertEqual((sheet.shape, sheet[20:80, 20:80].reshape(-1, 3).tolist()),  # the middle of the picture
+                         ((104, 304, 3), [[0, 200, 0]] * 3600))
+        self.bad(*flags[:2], "--picture", path, says="mae_visualize.pth")
+
+    # evaluation
+
+    def clusters(self, n, C=6, classes=4, noise=0.8, seed=0):
+        """Features around a centre for each class, and labels."""
+        g = torch.Generator().manual_seed(seed)
+        centres = torch.randn(classes, C, generator=torch.Generator().manual_seed(99)).double()
+        y = torch.arange(n) % classes
+        return centres[y] + noise * torch.randn(n, C, generator=g).double() + 0.3, y
+
+    def test_knn(self):
+        """Against a loop; on features that lie apart all are right; k may be more than there are."""
+        train, test = self.clusters(50), self.clusters(37, seed=1)
+        scores = set()
+        for k, t in ((1, 0.07), (5, 0.07), (20, 0.07), (20, 1.0), (50, 0.02), (80, 0.07)):
+            got = self.mae.knn_accuracy(*train, *test, k=k, temperature=t)
+            self.assertEqual(got, slow_knn(*train, *test, k, t))
+            scores.add(got)
+        self.assertGreater(len(scores), 2)
+        self.assertEqual(self.mae.knn_accuracy(*train, *test), slow_knn(*train, *test, 20, 0.07))
+        longer = 10 ** torch.randn(50, 1).double() * train[0]  # lengths are of no account
+        self.assertEqual(self.mae.knn_accuracy(longer, train[1], *test), slow_knn(*train, *test, 20, 0.07))
+        self.assertEqual(self.mae.knn_accuracy(*self.clusters(50, noise=0.05), *self.clusters(1500, noise=0.05)), 1.0)
+        swapped = train[0][:1].repeat(3, 1) + torch.tensor([[0.0], [0.1], [0.2]])
+        self.assertEqual(self.mae.knn_accuracy(swapped, torch.tensor([2, 1, 1]), swapped[:1], torch.tensor([2]), k=3,
+                                               temperature=100.0), 0.0)  # all but equal weights: the most
+
+    def test_probe(self):
+        """Against torch's modules, one rate and several; the rate is chosen on validation features, not on test."""
+        scale = torch.tensor([1, 1e-2, 100, 1, 1, 0.0]).double()  # of no account; the last is the same for all
+        parts = [(z * scale, y) for z, y in (self.clusters(n, seed=n) for n in (60, 40, 400))]
+        flat, rates = sum(parts, ()), (1e-4, 1e-3, 0.01, 0.1, 3.0)
+        want = slow_probe(*flat, rates, 30)
+        got = [self.probe(*flat, rates=(rate,), at_least=30) for rate in rates]
+        self.assertEqual(got, [test for _, test in want])
+        self.assertGreater(len(set(got)), 3)
+        best = max(range(5), key=lambda i: want[i][0])
+        self.assertEqual(self.probe(*flat, rates=rates, at_least=30), want[best][1])
+        wrong = (flat[0], flat[1], flat[2], (flat[3] + 1) % 4, *flat[4:])  # validation says otherwise
+        want = slow_probe(*wrong, rates, 30)
+        self.assertEqual(self.probe(*wrong, rates=rates, at_least=30), max(want, key=lambda a: a[0])[1])
+        easy = [self.clusters(900, noise=0.05, seed=s) for s in range(3)]
+        self.assertEqual(self.probe(*sum(easy, ())), 1.0)
+        self.assertEqual(*(self.probe(*flat, batch_size=7, rates=(1e-3,), at_least=9) for _ in range(2)))
+
+    def test_probe_batches(self):
+        """Small batches pass over all features in each epoch, and epochs count when they are more than at_least."""
+        z, y = self.clusters(103)
+        seen, permute = [], torch.randperm
+
+        def counted(n, generator):
+            seen.append(permute(n, generator=generator))
+            return seen[-1]
+
+        with mock.patch.object(torch, "randperm", counted):
+            self.probe(z, y, z, y, z, y, batch_size=10, epochs=3, at_least=5)
+        self.assertEqual(len(seen), 3)  # 30 steps, 10 in an epoch
+        self.assertEqual(len({tuple(order.tolist()) for order in seen}), 3)
+
+    def test_rankme(self):
+        """Of known spectra; features are neither centred nor scaled."""
+        q = torch.linalg.qr(torch.randn(200, 12).double())[0]
+        self.assertAlmostEqual(self.mae.rankme(q), 12, delta=1e-3)
+        self.assertAlmostEqual(self.mae.rankme(5 * q[:, :4] @ torch.linalg.qr(torch.randn(9, 4).double())[0].T), 4,
+                               delta=1e-3)  # 4 directions in 9 dimensions
+        self.assertAlmostEqual(self.mae.rankme(torch.ones(50, 7)), 1, delta=1e-3)
+        s = 0.5 ** torch.arange(12).double()
+        p = [v / sum(s.tolist()) + 1e-7 for v in s.tolist()]
+        self.assertAlmostEqual(self.mae.rankme(q * s), math.exp(-sum(v * math.log(v) for v in p)), delta=1e-6)
+        z = torch.randn(40, 5).double() + 3
+        self.assertLess(self.mae.rankme(z) + 0.5, self.mae.rankme(z - z.mean(0)))
+
+    def test_spread(self):
+        z = torch.randn(30, 5).double()
+        unit = [[v / math.hypot(*row) for v in row] for row in z.tolist()]
+        self.assertAlmostEqual(self.mae.spread(z),
+                               sum(statistics.stdev(column) for column in zip(*unit)) / 5 * 5**0.5, 12)
+        self.assertAlmostEqual(self.mae.spread(torch.randn(9000, 40)), 1, delta=0.02)
+        self.assertLess(self.mae.spread(torch.ones(30, 5) * torch.rand(30, 1)), 1e-6)
+
+    def test_probe_encoders(self):
+        """What the table says is what its parts say of the features, in the encoder's dtype and not its batches."""
+        splits = [(self.images(n, 8, seed=n), 3 * torch.arange(n) // n) for n in (90, 40, 50)]
+        layer = nn.Linear(192, 5)
+
+        def encode(x):
+            self.assertLessEqual(len(x), 500)
+            return layer(x.flatten(1))
+
+        stats, off = self.mae.CIFAR10_STATS, torch.autocast("cpu", enabled=False)
+        with mock.patch.object(self.mae, "linear_probe", self.probe):
+            got = self.mae.probe_encoders({"a": encode, "pixels": lambda x: x.flatten(1)}, stats, *splits,
+                                          (1.0, 0.1), off)
+        self.assertEqual([*got], ["a", "pixels"])
+        for name, scores in got.items():
+            z = [self.mae.normalise(x, stats).flatten(1) for x, _ in splits]
+            z = [layer(t).detach() for t in z] if name == "a" else z
+            y = [y for _, y in splits]
+            few = torch.cat([(y[0] == k).nonzero().flatten()[:3] for k in range(3)]).sort().values
+            self.assertEqual(scores, dict(
+                knn=self.mae.knn_accuracy(z[0], y[0], z[2], y[2]),
+                linear=self.probe(z[0], y[0], z[1], y[1], z[2], y[2]),
+                **{"linear_10%": self.probe(z[0][few], y[0][few], z[1], y[1], z[2], y[2])},
+                rankme=self.mae.rankme(z[2]), std=self.mae.spread(z[2])))
+        table = [line.split() for line in self.mae.probe_table(got).splitlines()]
+        self.assertEqual(table[0], ["knn", "linear", "linear_10%", "rankme", "std"])
+        self.assertEqual(table[2], ["pixels", *(f"{v:.4f}" for v in got["pixels"].values())])
+        z = self.mae.cached_features(encode, self.images(1203, 8), stats, torch.autocast("cpu", torch.bfloat16))
+        self.assertEqual((z.shape, z.dtype), ((1203, 5), torch.float32))
+        self.close(z, layer(self.mae.normalise(self.images(1203, 8), stats).flatten(1)), 0.05)
+
+    # training
+
+    def test_batches(self):
+        """A batch depends on (seed, step, slot) alone; its images are shifted, mirrored ones; masks are its own."""
+        images, c = self.images(40, 32), self.config(crop=2)
+        stats = self.mae.CIFAR10_STATS
+
+        def batch(c, *where):
+            torch.manual_seed(int(torch.randint(99, (1,))))
+            return self.mae.masked_batch(c, images, stats, 4, *where)
+
+        a = batch(c, 3, 0, 1)
+        self.same(a, batch(c, 3, 0, 1))
+        self.assertEqual((a[0].shape, a[1].shape, a[1].dtype), ((8, 3, 32, 32), (8, 16), torch.float32))
+        others = [batch(c, 4, 0, 1), batch(c, 3, 1, 2), batch(dataclasses.replace(c, seed=1), 3, 0, 1)]
+        for other in others:
+            self.assertFalse(torch.equal(a[1], other[1]) or torch.equal(a[0], other[0]))
+        padded = F.pad(self.mae.normalise(images, stats), [2] * 4, mode="reflect")
+        windows = {}
+        for n, dy, dx in itertools.product(range(40), range(5), range(5)):
+            view = padded[n, :, dy:dy + 32, dx:dx + 32]
+            for mirror in (False, True):
+                windows[(view.flip(2) if mirror else view)[0, :4, :4].numpy().tobytes()] = (n, mirror)
+        drawn_ = [windows[x[0, :4, :4].contiguous().numpy().tobytes()] for step in range(5)
+                  for x in batch(c, step, 0, 1)[0]]
+        self.assertEqual(sorted(n for n, _ in drawn_), list(range(40)))  # an epoch
+        self.assertTrue(5 < sum(mirror for _, mirror in drawn_) < 35)
+        plain = batch(dataclasses.replace(c, crop=0, flip=False), 0, 0, 1)[0]
+        self.assertTrue(all(any(torch.equal(x, y) for y in self.mae.normalise(images, stats)) for x in plain))
+
+    def test_groups(self):
+        """Decay on weights of layers alone; AdamW's betas; the rate is base · batch / 256, of all ranks together."""
+        model = self.mae.MAE(32, 8, 16, 1, 2, 8, 1, 2)
+        optimizer = self.mae.decay_weights(model, 0.3)
+        names = {id(p): name for name, p in model.named_parameters()}
+        decayed, others = ({names[id(p)] for p in group["params"]} for group in optimizer.param_groups)
+        self.assertEqual([g["weight_decay"] for g in optimizer.param_groups], [0.3, 0])
+        self.assertEqual([g["betas"] for g in optimizer.param_groups], [(0.9, 0.95)] * 2)
+        self.assertEqual(decayed | others | {"pos_embed", "decoder_pos_embed"}, set(names.values()))
+        self.assertEqual(others, {n for n in names.values() if n.endswith("_token") or n.endswith("bias")
+                                  or "norm" in n})
+        c = self.config(batch_size=4, grad_accum=2, lr=0.64, warmup=0, steps=10)
+        self.mae.mae_step(model, model, optimizer, contextlib.nullcontext(), self.images(9), c, 5, 10, 0, 1)
+        self.assertAlmostEqual(optimizer.param_groups[1]["lr"], 0.64 * 8 / 256 / 2)  # half-way down the cosine
+
+    def test_overfits(self):
+        """One batch, one mask: random colours are learned by heart."""
+        c = self.config(batch_size=8, crop=0, flip=False, lr=0.16, warmup=10, weight_decay=1e-9, mask="block")
+        model = self.mae.MAE(32, 8, 64, 1, 4, 64, 1, 4, norm_pix_loss=False)
+        optimizer, batch = self.mae.decay_weights(model, 0.0), self.mae.masked_batch
+        images = self.images(8, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)  # a colour for each patch
+        with mock.patch.object(self.mae, "masked_batch", lambda c, *a: batch(c, *a[:3], 0, 0, 1)):
+            losses = [self.mae.mae_step(model, model, optimizer, contextlib.nullcontext(), images, c, step, 180, 0, 1)
+                      for step in range(180)]
+        self.assertLess(losses[-1].item(), losses[0].item() / 40)
+
+    def test_run(self):
+        """What a run leaves: val loss under fixed masks, best.pt by the probe, random init and pixels beside it."""
+        a = self.train("a", "--eval_every", 3, "--lr", 0.05)
+        looks = [row for row in a.rows if "val_loss" in row]
+        self.assertEqual([row["step"] for row in looks], [0, 3, 6, 9, 12])
+        for row in looks:
+            self.assertLessEqual({"knn", "linear", "rankme", "std", "knn_random_init", "linear_random_init",
+                                  "knn_pixels", "linear_pixels", "seconds"}, set(row))
+        for key in ("knn", "linear"):  # before the first step it is at random init
+            self.assertEqual({row[f"{key}_random_init"] for row in looks}, {looks[0][key]})
+        best = torch.load(a.out / "best.pt", weights_only=True)
+        self.assertEqual(best["best"], max(row["linear"] for row in looks))
+        self.assertEqual([row["linear"] for row in looks if row["step"] == best["step"]], [best["best"]])
+        found = iter((0.1, 0.3, 0.2))
+        with mock.patch.object(self.mae, "evaluate", lambda *_: dict(val_loss=1.0, knn=0.1, linear=next(found))):
+            self.assertEqual(torch.load(self.train("best").out / "best.pt", weights_only=True)["step"], 6)
+        last = a.rows[-1]
+        for name in ("", "_random_init", "_pixels"):
+            for key in ("knn", "linear", "linear_10%", "linear_1%", "rankme", "std"):
+                self.assertIn(f"test_{key}{name}", last)
+        model = self.mae.MAE(**a.ckpt["model_config"])
+        model.load_state_dict(a.ckpt["model"])
+        (x, y), c = self.draw(60, 2), self.mae.Config(**a.ckpt["config"])
+        scores = self.mae.evaluate(model, self.draw(240, 1), (x, y), c, contextlib.nullcontext())
+        self.assertEqual({k: looks[-1][k] for k in scores}, scores)
+        noise = torch.from_numpy(self.mae.mask_noise("random", np.random.default_rng(0), 60, 4))
+        with torch.no_grad():
+            self.assertAlmostEqual(scores["val_loss"], model(self.mae.normalise(x, model.stats), c.mask_ratio,
+                                                             noise)[0].item(), 5)
+        self.assertEqual(slow_png(a.out / "reconstructions.png").shape, (504, 604, 3))
+        self.assertIn("features: mean of the patches", a.text)
+        b = self.train("b", "--norm_pix_loss", "--pool", "cls", "--steps", 1)
+        self.assertIn("true patch's mean", b.text)
+        self.assertIn("features: the class token", b.text)
+
+    def test_resume(self):
+        """12 steps are 6, stop, resume, 6 more: bit for bit, with every kind of mask."""
+        for kind in (["--mask", "block", "--norm_pix_loss", "--pool", "cls"],
+                     ["--mask", "grid", "--grad_accum", 2, "--no-class_token"]):
+            a = self.train("a", *kind)
+            b = self.train("b", *kind, "--stop_at", 6)
+            self.assertEqual((b.ckpt["step"], b.rows[-1]["step"]), (6, 6))
+            self.assertFalse(torch.equal(*(r.ckpt["model"]["mask_token"] for r in (a, b))))
+            with open(b.out / "log.jsonl", "a") as file:  # what a killed run may have left
+                file.write('{"step": 8, "loss": 9.0}\n{"step": 9, "lo')
+            b = self.train("b", "--resume", tiny=False)
+            self.same_run(a, self.look(b.out))
+            self.assertEqual(sum("final" in row for row in b.rows), 1)
+            self.assertEqual(*({k: v for k, v in r.ckpt["config"].items() if k not in ("out", "resume")}
+                               for r in (a, b)))
+            shutil.rmtree(a.out)
+            shutil.rmtree(b.out)
+
+    def test_evaluation_changes_nothing(self):
+        runs = [self.train(f"e{every}", "--eval_every", every, "--log_every", log)
+                for every, log in ((3, 2), (12, 5))]
+        for key in ("model", "optimizer"):
+            self.same(*(run_.ckpt[key] for run_ in runs))
+        self.assertNotEqual(self.train("s", "--seed", 7).losses, self.train("t").losses)
+
+    def test_full_train(self):
+        """Pre-training sees the validation images too; probes are as they were."""
+        a, b = self.train("a", "--steps", 1), self.train("b", "--steps", 1, "--full_train")
+        self.assertIn("240 images", a.text)
+        self.assertIn("300 images", b.text)
+        self.assertEqual(*({k: v for k, v in r.rows[0].items() if k != "seconds"} for r in (a, b)))
+        self.assertIn("| 20 images", self.train("c", "--steps", 1, "--labels", 0.1).text)  # 2 of each class
+
+    def test_torchrun(self):
+        """Two processes update as one does with twice the accumulation; the checkpoint's names are plain."""
+        (self.dir / "two.py").write_text("import sys\nimport tests\nwith tests.small_mae():\n"
+                                         "    import mae\n    sys.exit(mae.main(sys.argv[1:]))\n")
+        flags = [*self.tiny, "--steps", 6]
+        done = child("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", self.dir / "two.py", *flags,
+                     "--out", self.dir / "two", cwd=self.dir)
+        self.assertEqual(done.returncode, 0, done.stderr[-2000:])
+        one, two = self.train("one", *flags, "--grad_accum", 2), self.look(self.dir / "two")
+        self.assertEqual(list(one.ckpt["model"]), list(two.ckpt["model"]))
+        for name, p in one.ckpt["model"].items():
+            self.assertLess((p - two.ckpt["model"][name]).abs().max().item(), 2e-6, name)
+        for step, loss in one.losses.items():
+            self.assertAlmostEqual(loss, two.losses[step], delta=1e-5)
+        self.assertEqual([r["lr"] for r in one.rows if "lr" in r], [r["lr"] for r in two.rows if "lr" in r])
+        self.assertEqual(done.stdout.count("step 6/6 | loss"), 1)  # one process speaks
+
+    def test_ctrl_c(self):
+        """Between two steps: a checkpoint, how to go on, status 130; and the run goes on bit for bit."""
+        a, batch, calls = self.train("a"), self.mae.masked_batch, []
+
+        def interrupted(*args):
+            calls.append(1)
+            if len(calls) == 4:
+                signal.raise_signal(signal.SIGINT)
+            return batch(*args)
+
+        handler = signal.getsignal(signal.SIGINT)
+        with mock.patch.object(self.mae, "masked_batch", interrupted):
+            b = self.train("b", status=130)
+        self.assertIs(signal.getsignal(signal.SIGINT), handler)
+        self.assertEqual((b.ckpt["step"], len(calls)), (4, 4))
+        command = re.search(r"python mae\.py (.*--resume.*)", b.text)[1]
+        self.assertEqual(run("mae", *shlex.split(command))[0], 0)
+        b = self.look(b.out)
+        for key in ("model", "optimizer", "best"):
+            self.same(a.ckpt[key], b.ckpt[key], key)
+        self.assertEqual(a.val, b.val)
+
+    def test_not_finite(self):
+        """The run stops with status 1, names the step, and keeps the last good checkpoint."""
+        out = self.dir / "o"
+        status, _, err = run("mae", *self.tiny, "--out", out, "--lr", 9e18, "--warmup", 0, "--log_every", 1)
+        self.assertEqual(status, 1, err)
+        self.assertRegex(err, r"\Amae\.py: [^\n]*(nan|inf)[^\n]* step 1\b[^\n]*\n\Z")
+        saved = torch.load(out / "ckpt.pt", weights_only=True)
+        self.assertEqual(saved["step"], 0)
+        self.assertTrue(all(p.isfinite().all() for p in saved["model"].values()))
+
+    def test_low_precision(self):
+        a, b = (self.train(dtype, "--dtype", dtype, "--lr", 0.02) for dtype in ("float32", "bfloat16"))
+        for step, loss in a.losses.items():
+            self.assertAlmostEqual(loss, b.losses[step], delta=0.02 * loss)
+        self.assertNotEqual(a.losses, b.losses)
+        self.assertEqual({p.dtype for p in b.ckpt["model"].values()}, {torch.float32})
+
+    def test_encoder_in_vit(self):
+        """vit.py gets the same features from the checkpoint, and goes on from it; so does --init here."""
+        import vit
+        x = self.mae.normalise(self.images(5), self.mae.CIFAR10_STATS)
+        for flags, pool in (([], "cls"), (["--no-class_token", "--pool", "mean"], "mean")):
+            a = self.train(pool, "--steps", 3, *flags)
+            model = self.mae.MAE(**a.ckpt["model_config"])
+            model.load_state_dict(a.ckpt["model"])
+            for other in (vit.ViT.from_pretrained(a.out / "ckpt.pt"),
+                          vit.ViT(**a.ckpt["encoder_config"], num_classes=10)):
+                other.load_state_dict(a.ckpt["encoder"] | {"head.weight": torch.zeros(10, 32),
+                                                           "head.bias": torch.zeros(10)})
+                self.assertEqual((other.pool, other.blocks[0].attn.heads), (pool, 2))
+                with torch.no_grad():
+                    self.same(other.eval().features(x), model.features(x, pool))
+        b = self.train("b", "--init", self.dir / "cls/best.pt", "--steps", 1, "--lr", 1e-12)
+        for name, p in torch.load(self.dir / "cls/best.pt", weights_only=True)["model"].items():
+            self.assertLess((b.ckpt["model"][name] - p).abs().max().item(), 1e-6, name)
+        for flags in (["--dim", 64], ["--decoder_depth", 2], ["--patch_size", 16]):
+            self.bad(*self.tiny, "--init", self.dir / "cls/best.pt", *flags, says=flags[0])
+        self.bad(*self.tiny, "--init", self.dir / "mean/best.pt", "--pool", "cls", says="class token")
+        # the sizes are the file's where no flag says otherwise
+        status, _, err = run("mae", "--init", self.dir / "mean/best.pt", "--steps", 1, "--out", self.dir / "c",
+                             "--batch_size", 8, "--probe_images", 40, "--pool", "mean")
+        self.assertEqual(status, 0, err)
+        self.assertEqual(self.look(self.dir / "c").ckpt["config"]["decoder_dim"], 16)
+
+    def test_bad_flags(self):
+        for flags in """--mask_ratio 0, --mask_ratio 1, --mask_ratio 0.96, --mask_ratio -0.5, --mask_ratio nan,
+                --mask_ratio 1e-18, --mask_ratio half, --patch_size 5, --patch_size 0, --patch_size 64,
+                --patch_size 16 --mask_ratio 0.9, --mask hexagon, --mask=, --dim 30, --dim 36 --heads 5, --heads 3,
+                --decoder_dim 18, --decoder_heads 3, --depth 0, --decoder_depth 0, --pool max,
+                --pool cls --no-class_token, --lr nan,
+                --lr 0, --lr -1, --lr inf, --weight_decay -1, --warmup -1, --batch_size 0, --grad_accum 0,
+                --epochs 0, --epochs nan, --steps 0, --steps 1.5, --stop_at 0, --eval_every 0, --log_every 0,
+                --probe_images 0, --seed -1, --labels 0, --labels 2, --crop 32, --crop -1, --dtype int8,
+                --device nowhere, --data nowhere, --data=, --out=, --no_such_flag 1, --step 5, --steps, stray,
+                --resume, --resume --init x.pt, --init nowhere.pt, --init=, --init mae_pretrain_vit_base,
+                --reconstruct nowhere.pth, --reconstruct=, --picture x.jpg""".split(","):
+            self.bad(*self.tiny, *flags.split())
+        self.bad("--mask_ratio", 0.97, says=("--mask_ratio", "0.97", "0.95"))
+        self.bad("--patch_size", 5, says=("--patch_size", "5", "32"))
+        self.bad("--resume", "--out", self.dir / "none", says="ckpt.pt")
+        (self.dir / "text.txt").write_text("hello")
+        self.bad(*self.tiny, "--out", self.dir / "text.txt", says="text.txt", status=1)
+        self.bad("--data", self.dir / "nowhere", "--lr", "nan", says="--lr")  # flags come before data
+
+    def test_bad_checkpoints(self):
+        a = self.train("a", "--steps", 2)
+        good, saved = (a.out / "best.pt").read_bytes(), torch.load(a.out / "best.pt", weights_only=True)
+
+        def checkpoint(name, content):
+            torch.save(content, self.dir / name)
+            return self.dir / name
+
+        foreign = [checkpoint("list.pt", [1, 2]), checkpoint("object.pt", Evil(self.dir / "marker")),
+                   checkpoint("arch.pt", saved | dict(model_config=dict(arch="resnet18"))),
+                   checkpoint("vit.pt", saved | dict(model_config=dict(image_size=32, num_classes=10))),
+                   checkpoint("names.pt", saved | dict(model=saved["encoder"] | {"head.bias": torch.ones(1)})),
+                   checkpoint("shape.pt", saved | dict(model=saved["model"] | {"norm.bias": torch.ones(31)}))]
+        foreign += [checkpoint(f"no_{key}.pt", {k: v for k, v in saved.items() if k != key})
+                    for key in ("model", "config", "step", "model_config")]
+        for name, content in (("cut.pt", good[:len(good) // 2]), ("noise.pt", os.urandom(5000)), ("none.pt", b"")):
+            (self.dir / name).write_bytes(content)
+            foreign.append(self.dir / name)
+        for path in foreign:
+            self.bad(*self.tiny, "--init", path, says=path.name)
+        self.assertFalse((self.dir / "marker").exists())
+        self.bad(*self.tiny, "--init", self.pth("w.pth", random_vit(official_mae_shapes(32, 1, 8, 24, 32, 1))),
+                 "--depth", 1, "--decoder_dim", 32, "--decoder_heads", 1, "--heads", 1, says="24")
+        self.bad("--resume", "--out", a.out, "--dim", 64, says="ckpt.pt")
+        (a.out / "ckpt.pt").write_bytes((a.out / "ckpt.pt").read_bytes()[:-999])
+        self.bad("--resume", "--out", a.out, says="ckpt.pt")
+
+    def test_command_line(self):
+        """As a program: the exit status, and one line on stderr."""
+        done = child(HERE / "mae.py", "--mask_ratio", 2, cwd=self.dir)
+        self.assertEqual((done.returncode, done.stdout, snapshot(self.dir)), (2, "", {}))
+        self.assertRegex(done.stderr, r"\Amae\.py: [^\n]+\n\Z")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# simclr.py
+
+
+def slow_nt_xent(z1, z2, t):
+    """[5] eq. 1 and Algorithm 1, a pair at a time: views 2k and 2k + 1 are of one image."""
+    views = [v / v.square().sum().sqrt() for pair in zip(z1, z2) for v in pair]
+    total = 0
+    for i, j in ((i, i + 1 if i % 2 == 0 else i - 1) for i in range(len(views))):
+        others = sum(((views[i] * views[k]).sum() / t).exp() for k in range(len(views)) if k != i)
+        total = total - ((views[i] * views[j]).sum() / t - others.log())
+    return total / len(views)
+
+
+def slow_moco(q, k, queue, t):
+    """[6] eq. 1, a query at a time."""
+    total = 0
+    for a, b in zip(q, k):
+        positive = ((a * b).sum() / t).exp()
+        total = total - (positive / (positive + sum(((a * c).sum() / t).exp() for c in queue))).log()
+    return total / len(q)
+
+
+def slow_vicreg(z1, z2, invariance, variance, covariance):
+    """[8] eq. 1 to 5, an element at a time, weighed as the authors' code does."""
+    N, D = z1.shape
+    s = sum((z1[n, d] - z2[n, d]) ** 2 for n in range(N) for d in range(D)) / (N * D)
+    v = c = 0
+    for z in (z1, z2):
+        means = [sum(z[n, d] for n in range(N)) / N for d in range(D)]
+        cov = [[sum((z[n, a] - means[a]) * (z[n, b] - means[b]) for n in range(N)) / (N - 1) for b in range(D)]
+               for a in range(D)]
+        v = v + sum((1 - (cov[d][d] + 1e-4).sqrt()).clamp(min=0) for d in range(D)) / D / 2
+        c = c + sum(cov[a][b] ** 2 for a in range(D) for b in range(D) if a != b) / D
+    return invariance * s + variance * v + covariance * c, (s, v, c)
+
+
+def slow_jitter(x, factors, order):
+    """An image's pixels (3, H, W), changed in the order: brightness, contrast, saturation, hue by colorsys."""
+    x = x.clone()
+    grey = lambda p: 0.299 * p[0] + 0.587 * p[1] + 0.114 * p[2]
+    for kind in order:
+        f, mean = factors[kind], sum(grey(x[:, i, j]) for i, j in itertools.product(*map(range, x.shape[1:])))
+        mean = mean / x[0].numel()
+        for i, j in itertools.product(*map(range, x.shape[1:])):
+            p = x[:, i, j].clone()
+            if kind < 3:
+                base = (0, mean, grey(p))[kind]
+                p = f * p + (1 - f) * base
+            else:
+                h, s, v = colorsys.rgb_to_hsv(*p.tolist())
+                p = torch.tensor(colorsys.hsv_to_rgb((h + f) % 1, s, v))
+            x[:, i, j] = p.clamp(0, 1)
+    return x
+
+
+def slow_blur(x, sigma, reach):
+    """A channel (H, W) convolved with a Gaussian, a pixel at a time, its border reflected."""
+    H, W = x.shape
+    around = range(-reach, reach + 1)
+    g = [math.exp(-t * t / (2 * sigma**2)) for t in around]
+    inside = lambda i, n: n - 1 - abs(n - 1 - abs(i))
+    return torch.tensor([[sum(g[a + reach] * g[b + reach] * x[inside(i + a, H), inside(j + b, W)].item()
+                              for a in around for b in around) / sum(g) ** 2 for j in range(W)] for i in range(H)])
+
+
+def slow_lars(p, grads, lr, decay, momentum, trust):
+    """SimCLR's lars_optimizer.py (classic momentum), a step at a time."""
+    v = torch.zeros_like(p)
+    for g in grads:
+        g = g + decay * p if p.dim() > 1 else g
+        ratio = 1.0
+        if p.dim() > 1 and p.norm() > 0 and g.norm() > 0:
+            ratio = trust * p.norm() / g.norm()
+        v = momentum * v + lr * ratio * g
+        p = p - v
+    return p
+
+
+def small_simclr(size=16):
+    """A patch of simclr.py for runs that take a second: few images of size × size pixels, probes of a few steps."""
+    import simclr
+    draw, few = getattr(simclr.make_shapes, "whole", simclr.make_shapes), {10000: 120, 1000: 40, 2000: 40}
+    probe = functools.partial(simclr.linear_probe, epochs=1, at_least=3)
+
+    def shapes(n, seed):
+        x, y = drawn(draw, few.get(n, n), seed)
+        return x[:, :, ::32 // size, ::32 // size], y
+
+    shapes.whole = draw  # for a patch within a patch
+    return mock.patch.multiple(simclr, make_shapes=shapes, linear_probe=probe)
+
+
+class TestSimCLR(Case):
+    @classmethod
+    def setUpClass(cls):
+        import simclr
+        cls.simclr, cls.draw = simclr, staticmethod(simclr.make_shapes)
+        cls.threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+
+    @classmethod
+    def tearDownClass(cls):
+        torch.set_num_threads(cls.threads)
+        drawn.cache_clear()
+
+    def setUp(self):
+        super().setUp()
+        torch.manual_seed(0)
+        patch = small_simclr()
+        patch.start()
+        self.addCleanup(patch.stop)
+        self.tiny = ["--batch_size", 8, "--width", 8, "--head_dim", 16, "--queue", 32, "--bn_splits", 2, "--steps", 6,
+                     "--eval_every", 3, "--log_every", 2, "--warmup", 1, "--dtype", "float32"]
+        self.vit = ["--encoder", "vit", "--width", 16, "--depth", 1]
+
+    # helpers
+
+    def train(self, name, *flags, tiny=True, status=0):
+        """A small run into the folder name: its out, rows of the log, text, checkpoint."""
+        out = self.dir / name
+        got, text, err = run("simclr", *(self.tiny if tiny else ()), "--out", out, *flags)
+        self.assertEqual(got, status, err)
+        return self.look(out, text, err)
+
+    def look(self, out, text="", err=""):
+        rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        return SimpleNamespace(out=out, rows=rows, text=text, err=err,
+                               ckpt=torch.load(out / "ckpt.pt", weights_only=True),
+                               losses={r["step"]: r["loss"] for r in rows if "loss" in r},
+                               knn={r["step"]: r["knn"] for r in rows if "knn" in r})
+
+    def same_run(self, a, b):
+        """The same parameters, buffers, optimiser, best accuracy and logged values, bit for bit."""
+        for key in ("model", "optimizer", "step", "best", "encoder"):
+            self.same(a.ckpt[key], b.ckpt[key], key)
+        timed = ("ms", "seconds", "images_per_s", "peak_mb")
+        self.assertEqual(*([{k: v for k, v in row.items() if k not in timed} for row in r.rows] for r in (a, b)))
+
+    def bad(self, *flags, says=(), status=2):
+        """Bad input: the status, one line on stderr that begins with the script's name, nothing on disk changes."""
+        before = snapshot(self.dir)
+        with self.subTest(flags=" ".join(map(str, flags))[-90:]), folder(self.dir):
+            got, out, err = run("simclr", *flags)
+            self.assertEqual(got, status, err)
+            self.assertRegex(err, r"\Asimclr\.py: [^\n]+\n\Z")
+            for word in [says] if isinstance(says, str) else says:
+                self.assertIn(str(word), err)
+            self.assertNotIn("Traceback", out)
+            self.assertTrue(snapshot(self.dir) == before, "files came, went or changed")
+
+    def config(self, **more):
+        return self.simclr.Config(**{"batch_size": 8, "width": 8, "head_dim": 16, "queue": 32, "bn_splits": 2,
+                                     "steps": 20, "warmup": 3, **more})
+
+    def images(self, n, size=16, seed=0):
+        g = torch.Generator().manual_seed(seed)
+        return torch.randint(0, 256, (n, 3, size, size), generator=g, dtype=torch.uint8)
+
+    def pair(self, c, double=True):
+        """A network as the flags have it, in fp64 and training mode, its norms' weights not all 1."""
+        model, _ = self.simclr.load_pair(c)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+        return (model.double() if double else model).train()
+
+    def step(self, c, model, optimizer, images, step=0, steps=20):
+        return self.simclr.contrastive_step(model, model, optimizer, contextlib.nullcontext(), images, c, step, steps,
+                                            0, 1)
+
+    def double_views(self):
+        """A patch: views in fp64."""
+        views = self.simclr.views
+        return mock.patch.object(self.simclr, "views", lambda *args: views(*args).double())
+
+    # objectives
+
+    def unit(self, *shape, seed=0):
+        g = torch.Generator().manual_seed(seed)
+        return F.normalize(torch.randn(*shape, generator=g, dtype=torch.float64), dim=1)
+
+    def against(self, fast, slow, *tensors, grads=None):
+        """Value and gradients (of the first grads tensors) of two losses."""
+        a = [t.clone().requires_grad_() for t in tensors]
+        b = [t.clone().requires_grad_() for t in tensors]
+        got, want = fast(*a)[0], slow(*b)
+        self.close(got, want, 1e-12)
+        got.backward()
+        want.backward()
+        for x, y in list(zip(a, b))[:grads]:
+            self.close(x.grad, y.grad, 1e-10)
+        return a, got
+
+    def test_nt_xent(self):
+        z1, z2 = (torch.randn(5, 7, dtype=torch.float64) for _ in range(2))
+        for t in (0.1, 0.5, 3):
+            self.against(lambda *z: self.simclr.nt_xent(*z, t), lambda *z: slow_nt_xent(*z, t), z1, z2)
+        loss, scores = self.simclr.nt_xent(z1, z1 + 1e-3 * z2, 0.5)
+        self.assertEqual(scores["accuracy"].item(), 1)
+        self.assertLess(self.simclr.nt_xent(z1, z1.roll(1, 0), 0.5)[1]["accuracy"].item(), 0.3)
+        same = torch.ones(4, 3)  # collapsed: all 2N - 1 candidates alike
+        self.assertAlmostEqual(self.simclr.nt_xent(same, same, 0.5)[0].item(), math.log(7), places=5)
+
+    def test_permutation(self):
+        """The order of the images changes nothing; gradients go along with it; so does swapping the views."""
+        order = torch.randperm(6)
+        z = [torch.randn(6, 5, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+        p = [v.detach()[order].requires_grad_() for v in z]
+        a, b = self.simclr.nt_xent(*z, 0.3)[0], self.simclr.nt_xent(*p, 0.3)[0]
+        (a + 2 * b).backward()
+        self.close(a, b, 1e-13)
+        for v, w in zip(z, p):
+            self.close(2 * v.grad[order], w.grad, 1e-12)
+        self.close(self.simclr.nt_xent(*z[::-1], 0.3)[0], a, 1e-13)
+
+    def test_moco_loss(self):
+        """Value and the queries' gradient; keys and queue get none."""
+        q, k, queue = self.unit(4, 6), self.unit(4, 6, seed=1), self.unit(9, 6, seed=2)
+        for t in (0.07, 0.5):
+            (_, k_, queue_), _ = self.against(lambda *v: self.simclr.moco_loss(*v, t), lambda *v: slow_moco(*v, t),
+                                              q, k, queue, grads=1)
+            self.assertTrue(k_.grad is None and queue_.grad is None)
+        self.assertEqual(self.simclr.moco_loss(q, q, queue, 0.1)[1]["accuracy"].item(), 1)
+
+    def test_vicreg_loss(self):
+        z1, z2 = (torch.randn(5, 4, dtype=torch.float64) * torch.tensor([0.3, 2, 0.01, 0.7]) for _ in range(2))
+        for weights in ((25.0, 25.0, 1.0), (1.0, 3.0, 5.0), (0.0, 1.0, 0.0)):
+            self.against(lambda *z: self.simclr.vicreg_loss(*z, *weights), lambda *z: slow_vicreg(*z, *weights)[0],
+                         z1, z2)
+        loss, scores = self.simclr.vicreg_loss(z1, z2)
+        want, terms = slow_vicreg(z1, z2, 25, 25, 1)
+        self.close(loss, want, 1e-12)
+        for name, term in zip(("invariance", "variance", "covariance"), terms):
+            self.close(scores[name], term, 1e-12, name)
+        flat = torch.ones(4, 3, requires_grad=True)  # collapsed: the gradient stays finite
+        loss, _ = self.simclr.vicreg_loss(flat, flat.detach())
+        self.assertAlmostEqual(loss.item(), 25 * 0.99, places=4)
+        loss.backward()
+        self.assertTrue(flat.grad.isfinite().all())
+
+    def test_precision(self):
+        """bfloat16 vectors are compared in fp32, whatever autocast says; fp64 stays."""
+        z = [torch.randn(32, 16).bfloat16() for _ in range(2)]
+        queue = torch.randn(8, 16).bfloat16()
+        losses = dict(nt_xent=lambda *v: self.simclr.nt_xent(*v, 0.1), vicreg=self.simclr.vicreg_loss,
+                      moco=lambda *v: self.simclr.moco_loss(*v, queue.to(v[0].dtype), 0.7))
+        for name, loss in losses.items():
+            with self.subTest(name):
+                want = loss(*(v.double() for v in z))[0]
+                self.assertEqual(want.dtype, torch.float64)
+                with torch.autocast("cpu", torch.bfloat16):
+                    for got in (loss(*z)[0], loss(*(v.float() for v in z))[0]):
+                        self.assertEqual(got.dtype, torch.float32)
+                        self.close(got, want, 1e-5)
+
+    # moco's queue and keys
+
+    def test_queue(self):
+        """The newest keys stand in place of the oldest; it starts with unit vectors and wraps around."""
+        model = self.pair(self.config(loss="moco", queue=12, batch_size=4), double=False)
+        self.close(model.queue.norm(dim=1), torch.ones(12), 1e-6)
+        start, given = model.queue.clone(), torch.arange(5 * 4 * 16.0).view(5, 4, 16)
+        want = collections.deque(start, maxlen=12)
+        for step, keys in enumerate(given):
+            model.enqueue(keys, step)
+            want.extend(keys)
+            self.assertEqual(model.queue.shape, (12, 16))
+            self.assertEqual(sorted(model.queue[:, 0].tolist()), sorted(k[0].item() for k in want))
+        self.same(model.queue, torch.cat((given[3], given[4], given[2])))
+
+    def test_follow(self):
+        """k ← m k + (1 - m) q, to the bit, for every parameter; nothing else moves."""
+        model = self.pair(self.config(loss="moco"), double=False)
+        for p in model.parameters():
+            p.data = torch.randn(p.shape)
+        before = {k: t.clone() for k, t in model.state_dict().items()}
+        model.follow(0.9)
+        moved = 0
+        for k, t in model.state_dict().items():
+            if k.startswith("key_") and k.removeprefix("key_") in dict(model.named_parameters()):
+                self.same(t, before[k] * 0.9 + before[k.removeprefix("key_")] * (1 - 0.9), k)
+                moved += 1
+            else:
+                self.same(t, before[k], k)
+        self.assertEqual(2 * moved, len([*model.parameters()]))
+
+    def test_moco_step(self):
+        """A step against one by hand: keys by the encoder that has moved already, in shuffled parts; logits against
+        the queue as it was; then its keys stand in the queue, in the images' order."""
+        c = self.config(loss="moco", optimizer="sgd", lr=0.1, warmup=0, weight_decay=0.0)
+        images, step = self.images(40), 5
+        model = self.pair(c)
+        for p in [*model.key_encoder.parameters(), *model.key_head.parameters()]:
+            p.data += 0.05 * torch.randn(p.shape).double()
+        hand = copy.deepcopy(model)
+        with self.double_views():
+            loss = self.step(c, model, self.simclr.make_optimizer(model, c), images, step, 10**9)["loss"]
+            x = self.simclr.views(c, images, step, 8, np.arange(16))
+        for p, k in zip([*hand.encoder.parameters(), *hand.head.parameters()],
+                        [*hand.key_encoder.parameters(), *hand.key_head.parameters()]):
+            k.data = 0.99 * k.data + 0.01 * p.data
+        order = np.random.default_rng((c.seed, 3, step)).permutation(8)
+        for module in hand.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.splits = 1
+        keys = torch.empty(8, 16, dtype=torch.float64)
+        with torch.no_grad():
+            for part in (order[:4], order[4:]):  # two parts, other images than the queries' parts
+                keys[part] = F.normalize(hand.key_head(hand.key_encoder(x[8 + part])), dim=1)
+        self.assertNotEqual({*order[:4]}, {0, 1, 2, 3})
+        q = torch.cat([hand.head(hand.encoder(part)) for part in (x[:4], x[4:8])])
+        want = slow_moco(F.normalize(q, dim=1), keys, hand.queue, c.temperature)
+        self.close(loss, want, 1e-12)
+        want.backward()
+        for (name, p), moved in zip(hand.named_parameters(), model.parameters()):
+            if not name.startswith("key_"):
+                self.close(moved, p - 0.1 * p.grad, 1e-12, name)
+            else:
+                self.close(moved, p, 1e-12, name)
+                self.assertIsNone(moved.grad, name)
+        start = step * 8 % 32
+        self.close(model.queue[start:start + 8], keys, 1e-12)
+        rest = [i for i in range(32) if not start <= i < start + 8]
+        self.same(model.queue[rest], hand.queue[rest])
+
+    def test_shuffled(self):
+        """Keys are made in the order of the step's permutation, another in every step."""
+        c, images, seen = self.config(loss="moco"), self.images(40), []
+        model, views = self.pair(c, double=False), self.simclr.views
+        optimizer = self.simclr.make_optimizer(model, c)
+        with mock.patch.object(self.simclr, "views", lambda *a: seen.append(a[4].tolist()) or views(*a)):
+            for step in range(3):
+                self.step(c, model, optimizer, images, step)
+        for at in seen[1::2]:
+            self.assertEqual(at, list(range(8)))
+        self.assertEqual([sorted(at) for at in seen[::2]], [list(range(8, 16))] * 3)
+        self.assertEqual(len({*map(tuple, seen[::2]), tuple(range(8, 16))}), 4)
+
+    # gradient cache
+
+    def test_chunks(self):
+        """The loss, scores and gradient of the whole batch, from pieces of it, with a network without batch norm."""
+        x = torch.randn(16, 3, 4, 4, dtype=torch.float64)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(48, 9), nn.Tanh(), nn.Linear(9, 6)).double()
+        for loss, size in itertools.product(("simclr", "vicreg"), (2, 4, 8)):
+            got = []
+            for chunk in (0, size):
+                model.zero_grad()
+                called, encoded = [], []
+                encode = lambda v: encoded.append((len(v), len(called), torch.is_grad_enabled())) or model(v)
+                value, scores = self.simclr.loss_backward(encode, x, self.config(loss=loss, chunk=chunk),
+                                                          lambda: called.append(1))
+                got.append((value, scores, [p.grad.clone() for p in model.parameters()]))
+            self.close(got[1][0], got[0][0], 1e-12)
+            self.close(*(torch.cat([g.flatten() for g in grads]) for *_, grads in got), 1e-11)
+            for a, b in zip(got[1][1].values(), got[0][1].values()):
+                self.close(a, b, 1e-6)
+            n = 8 // size  # passes: without a gradient, then with; last comes before the very last
+            self.assertEqual(encoded, [(2 * size, 0, False)] * n + [(2 * size, 0, True)] * (n - 1) +
+                             [(2 * size, 1, True)])
+
+    def test_chunked_step(self):
+        """A step of the real network: as of a whole batch in which batch norm sees the chunks' images apart; running
+        statistics move once, and by a whole batch's step the parameters move otherwise."""
+        for loss in ("simclr", "vicreg"):
+            c = self.config(loss=loss, chunk=4, optimizer="sgd", lr=0.1, warmup=0, weight_decay=0.0)
+            model, images = self.pair(c), self.images(40)
+            hand = copy.deepcopy(model)
+            with self.double_views():
+                self.step(c, model, self.simclr.make_optimizer(model, c), images)
+                x = self.simclr.views(c, images, 0, 8, np.arange(16))
+            z1, z2 = [], []
+            for i in (0, 4):
+                a, b = x[i:i + 4], x[8 + i:12 + i]
+                whole = hand.head(hand.encoder(torch.cat((a, b)))).chunk(2) if loss == "simclr" else [
+                    hand.head(hand.encoder(v)) for v in (a, b)]
+                z1.append(whole[0])
+                z2.append(whole[1])
+            z1, z2 = torch.cat(z1), torch.cat(z2)
+            want = self.simclr.nt_xent(z1, z2, 0.2)[0] if loss == "simclr" else self.simclr.vicreg_loss(z1, z2)[0]
+            want.backward()
+            trained = [(p, moved) for p, moved in zip(hand.parameters(), model.parameters()) if p.requires_grad]
+            self.close(torch.cat([(p - moved).flatten() for p, moved in trained]),
+                       torch.cat([0.1 * p.grad.flatten() for p, _ in trained]), 1e-9)
+            for name, t in model.named_buffers():
+                self.close(t.double(), hand.get_buffer(name).double(), 1e-9, name)
+
+    # two views
+
+    def test_crop_boxes(self):
+        """Whole pixels inside the image; area and aspect within the limits and all over them; what never fits is the
+        whole image."""
+        top, left, height, width = self.simclr.crop_boxes(np.random.default_rng(0), 20000, 32, 0.2)
+        for v in (top, left, height, width):
+            self.assertTrue((v == v.round()).all())
+        self.assertTrue((top >= 0).all() and (left >= 0).all() and (top + height <= 32).all() and
+                        (left + width <= 32).all())
+        slack = (height + 0.5) * (width + 0.5) - height * width  # sides are rounded
+        area, aspect = height * width / 1024, np.log(width / height)
+        self.assertTrue((area * 1024 >= 0.2 * 1024 - slack).all())
+        inside = np.log((width + 0.5) / (height - 0.5)) - aspect
+        self.assertTrue((abs(aspect) <= math.log(4 / 3) + inside).all())
+        few = np.histogram(area, bins=4, range=(0.2, 1))[0] / 20000
+        self.assertTrue(((0.1 < few) & (few < 0.33)).all(), few)  # big ones fit less often
+        low = aspect[area < 0.6]  # where all fit: log-uniform
+        self.assertAlmostEqual(low.mean(), 0, delta=0.01)
+        self.assertAlmostEqual(low.std(), math.log(4 / 3) / 3**0.5, delta=0.01)
+        free = (height < 30) & (width < 30)
+        for v, size in ((top, height), (left, width)):  # every place as often
+            share = (v / (32 - size))[free]
+            self.assertAlmostEqual(share.mean(), 0.5, delta=0.02)
+            self.assertTrue((share == 0).any() and (share == 1).any())
+        boxes = self.simclr.crop_boxes(np.random.default_rng(0), 2000, 32, 1.0)
+        self.assertTrue((boxes[2:] <= 32).all() and (boxes[2] * boxes[3] > 1000).all())
+        boxes = self.simclr.crop_boxes(np.random.default_rng(0), 500, 32, 1e-6)
+        self.assertTrue((boxes[2:] >= 1).all())
+
+    def test_crop_resize(self):
+        """Against the crop by slicing, resized by F.interpolate, mirrored; the whole image is itself to the bit."""
+        x = torch.rand(7, 3, 16, 16)
+        boxes = torch.tensor([[0, 0, 16, 16], [3, 5, 8, 4], [0, 9, 16, 7], [15, 15, 1, 1], [2, 0, 9, 13],
+                              [1, 1, 2, 15], [0, 0, 16, 16]]).float().T
+        mirror = torch.tensor([False, True, False, True, False, True, True])
+        got = self.simclr.crop_resize(x, boxes, mirror)
+        for i, (top, left, height, width) in enumerate(boxes.T.int().tolist()):
+            want = F.interpolate(x[i:i + 1, :, top:top + height, left:left + width].double(), (16, 16),
+                                 mode="bilinear", align_corners=False)[0]
+            self.close(got[i], want.flip(2) if mirror[i] else want, 1e-5, i)
+        self.same(got[0], x[0])
+        self.same(got[6], x[6].flip(2))
+
+    def test_hue(self):
+        """There and back, and against colorsys; greys, black and white too. A turn and a half is half a turn."""
+        x = torch.rand(2, 3, 6, 6, dtype=torch.float64)
+        x[0, :, 0] = torch.rand(6, dtype=torch.float64)
+        x[0, :, 1], x[0, :, 2] = 0, 1
+        x[0, :, 3] = (torch.rand(3, 6) > 0.5).double()  # pure colours: two channels may share the largest value
+        hsv = self.simclr.rgb_to_hsv(x)
+        want = torch.tensor([[[colorsys.rgb_to_hsv(*p) for p in row] for row in image]
+                             for image in x.permute(0, 2, 3, 1).tolist()], dtype=torch.float64).permute(0, 3, 1, 2)
+        self.close(hsv, want, 1e-12)
+        self.close(self.simclr.hsv_to_rgb(hsv), x, 1e-12)
+        turned = [self.simclr.turn_hue(x, torch.full((2, 1, 1, 1), t)) for t in (0.0, 0.25, 0.5, 1.5, 1 / 3)]
+        self.close(turned[0], x, 1e-12)
+        self.close(turned[2], turned[3], 1e-12)
+        self.close(self.simclr.turn_hue(turned[1], torch.full((2, 1, 1, 1), -0.25)), x, 1e-12)
+        self.close(turned[4], x.roll(1, 1), 1e-6)  # a third: red becomes green
+
+    def test_jitter(self):
+        """Each image against its own loop, in its own order; a place that is left out changes nothing, and so do
+        factors of no strength."""
+        x, n = torch.rand(6, 3, 4, 4), 6
+        factors = torch.rand(n, 4) * torch.tensor([0.8, 0.8, 0.8, 0.2]) + torch.tensor([0.6, 0.6, 0.6, -0.1])
+        orders = np.array([[0, 1, 2, 3], [3, 2, 1, 0], [2, 0, 3, 1], [1, 1, 1, 1], [-1, -1, -1, -1], [-1, 3, -1, 0]])
+        got = self.simclr.colour_jitter(x.clone(), factors, orders)
+        for i, order in enumerate(orders):
+            self.close(got[i], slow_jitter(x[i], factors[i].tolist(), [k for k in order if k >= 0]), 1e-5, i)
+        self.same(got[4], x[4])
+        other = self.simclr.colour_jitter(x.clone(), factors, orders[[1] * n])
+        self.assertGreater((got[0] - other[0]).abs().max(), 1e-3)
+        still = torch.tensor([[1.0, 1, 1, 0]]).repeat(n, 1)
+        self.close(self.simclr.colour_jitter(x.clone(), still, orders), x, 1e-6)
+
+    def test_blur(self):
+        x, sigma = torch.rand(3, 3, 8, 8), torch.tensor([0.1, 0.7, 2.0])
+        big = torch.rand(1, 3, 48, 48)
+        got = self.simclr.gaussian_blur(x, sigma)
+        for i, channel in itertools.product(range(3), range(3)):
+            self.close(got[i, channel], slow_blur(x[i, channel], sigma[i].item(), 1), 1e-5)
+        self.close(self.simclr.gaussian_blur(big, sigma[2:])[0, 0], slow_blur(big[0, 0], 2.0, 2), 1e-5)
+        self.close(self.simclr.gaussian_blur(x, torch.zeros(3)), x, 1e-6)
+
+    def test_views(self):
+        """A view is made of its own draws in the paper's order: crop and mirror, colours, grey, blur; whoever asks, and
+        for however many of them."""
+        c, images = self.config(crop_min=0.2, jitter=1.0, grey=0.3, blur=0.5, seed=3), self.images(40)
+        whole = self.simclr.views(c, images, 2, 10, np.arange(20))
+        self.assertEqual(whole.dtype, torch.float32)
+        at = np.array([3, 19, 10, 7])
+        self.close(self.simclr.views(c, images, 2, 10, at), whole[at], 1e-6)
+        for other in (self.simclr.views(c, images, 3, 10, np.arange(20)),
+                      self.simclr.views(dataclasses.replace(c, seed=4), images, 2, 10, np.arange(20)),
+                      whole.roll(10, 0)):
+            self.assertGreater((other - whole).flatten(1).abs().amax(1).min().item(), 1e-3)
+        index = self.simclr.batch_index(40, 10, 3, 2, 0, 1)[0]
+        rng = np.random.default_rng((3, 2, 2))
+        boxes, mirror = self.simclr.crop_boxes(rng, 20, 16, 0.2), rng.random(20) < 0.5
+        draws, orders = rng.uniform(-1, 1, (20, 4)), rng.permuted(np.tile(np.arange(4), (20, 1)), axis=1)
+        coins, sigma = rng.random((3, 20)), rng.uniform(0.1, 2, 20)
+        mean, std = (torch.tensor(s).view(3, 1, 1) for s in self.simclr.CIFAR10_STATS)
+        for i in range(20):
+            x = self.simclr.crop_resize(images[index[i % 10]][None] / 255, torch.tensor(boxes[:, [i]]),
+                                        torch.tensor(mirror[[i]]))[0]
+            if coins[0, i] < 0.8:
+                x = slow_jitter(x, (draws[i] * [0.8, 0.8, 0.8, 0.2] + [1, 1, 1, 0]).tolist(), orders[i])
+            if coins[1, i] < 0.3:
+                x = (0.299 * x[0] + 0.587 * x[1] + 0.114 * x[2]).expand(3, -1, -1)
+            if coins[2, i] < 0.5:
+                x = torch.stack([slow_blur(channel, sigma[i], 1) for channel in x])
+            self.close(whole[i], (x - mean) / std, 1e-4, i)
+
+    def test_shares(self):
+        """How often a view is mirrored, jittered, grey; crop_flip leaves colours alone, and nothing is left to do at
+        strength 0."""
+        image = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
+        image[:, 0], image[:, 1, :, 8:] = 200, 100  # red, then orange
+        at, n = np.arange(2000), 1000
+        mean, std = (torch.tensor(s).view(3, 1, 1) for s in self.simclr.CIFAR10_STATS)
+
+        def share(seen, **flags):
+            c = self.config(**dict(crop_min=1.0, jitter=0.5, grey=0.2) | flags)
+            x = self.simclr.views(c, image, 0, n, at) * std + mean
+            return torch.stack([seen(v) for v in x]).float().mean().item()
+
+        plain = image[0] / 255
+        whole = lambda v: min((v - plain).abs().max(), (v - plain.flip(2)).abs().max()) < 0.02
+        mirrored = lambda v: v[1, 8, 2] > v[1, 8, 13]
+        grey = lambda v: (v[0] - v[1]).abs().max() < 1e-4
+        self.assertAlmostEqual(share(mirrored, augment="crop_flip"), 0.5, delta=0.05)
+        self.assertAlmostEqual(share(grey, jitter=0.0), 0.2, delta=0.04)
+        self.assertAlmostEqual(share(whole, grey=0.0), 0.2, delta=0.04)  # 0.8 are jittered
+        self.assertGreater(share(whole, augment="crop_flip", blur=1.0), 0.8)  # but for a few aspects
+        self.assertEqual(share(grey, augment="crop_flip", grey=1.0), 0)
+        self.assertEqual(share(whole, jitter=0.0, grey=0.0), share(whole, augment="crop_flip"))
+
+    def test_sheet(self):
+        status, out, err = run("simclr", *self.tiny, "--show_augment", "--out", self.dir / "a")
+        self.assertEqual((status, err), (0, ""))
+        self.assertEqual([p.name for p in (self.dir / "a").iterdir()], ["augment.png"])
+        status, out, err = run("simclr", *self.tiny, "--show_augment", "--out", self.dir / "b", "--augment",
+                               "crop_flip", "--crop_min", 1)
+        a, b = ((self.dir / name / "augment.png").read_bytes() for name in "ab")
+        self.assertNotEqual(a, b)
+        self.assertEqual(struct.unpack(">II", a[16:24]), (9 * 100 + 4, 8 * 100 + 4))  # an image and four pairs
+
+    # batch norm, encoders, heads
+
+    def test_batch_norm(self):
+        """Against torch's own, on the whole and on parts; evaluation; running statistics need a gradient."""
+        for shape in ((8, 5), (8, 5, 3, 3)):
+            x, ours, theirs = torch.randn(shape), self.simclr.BatchNorm(5), nn.BatchNorm2d(5)
+            view = (lambda v: v) if len(shape) == 4 else (lambda v: v[:, :, None, None])
+            nn.init.uniform_(ours.weight)
+            theirs.load_state_dict(ours.state_dict())
+            with torch.no_grad():
+                self.close(view(ours(x)), theirs(view(x)), 1e-6)
+            self.assertTrue((ours.running_mean == 0).all() and (ours.running_var == 1).all())
+            for splits in (0, 1, 4):
+                ours.splits = splits
+                theirs.reset_running_stats()
+                ours.reset_running_stats()
+                y = torch.cat([theirs(part) for part in view(x).chunk(max(1, splits))])
+                self.close(view(ours(x)), y, 1e-6)
+                self.close(ours.running_var, theirs.running_var, 1e-6)
+                self.close(ours.running_mean, theirs.running_mean, 1e-6)
+            self.close(view(ours.eval()(x)), theirs.eval()(view(x)), 1e-6)
+
+    def test_resnet(self):
+        """resnet.py's ResNet-18 with CIFAR's stem has the same names and, on the same weights, the same features."""
+        import resnet
+        ours, theirs = self.simclr.ConvEncoder(), resnet.resnet18(10, stem="cifar")
+        w = random_weights({k: tuple(t.shape) for k, t in theirs.state_dict().items()})
+        self.assertEqual({k: t.shape for k, t in ours.state_dict().items()},
+                         {k: t.shape for k, t in theirs.state_dict().items() if not k.startswith("fc.")})
+        theirs.load_state_dict(w)
+        ours.load_state_dict({k: t for k, t in w.items() if not k.startswith("fc.")})
+        x = torch.randn(4, 3, 32, 32)
+        for training in (True, False):
+            self.close(ours.train(training)(x), theirs.train(training).features(x), 1e-4)
+        small = self.simclr.ConvEncoder(8)
+        self.assertEqual((small(x[:2, :, :16, :16]).shape, small.dim), ((2, 64), 64))
+
+    def test_vit(self):
+        """vit.py's ViT without its head, with the mean and with a class token."""
+        import vit
+        for pool in ("mean", "cls"):
+            sizes = dict(image_size=32, patch_size=4, dim=24, depth=2, heads=3, pool=pool)
+            ours, theirs = self.simclr.PatchEncoder(**sizes), vit.ViT(**sizes, num_classes=3, pos="sincos")
+            self.assertEqual({*ours.state_dict()}, {k for k in theirs.state_dict() if not k.startswith("head.")})
+            self.close(ours.pos_embed, theirs.pos_embed, 1e-6)
+            self.assertFalse(ours.pos_embed.requires_grad)
+            ours.load_state_dict({k: t for k, t in theirs.state_dict().items() if not k.startswith("head.")})
+            x = torch.randn(2, 3, 32, 32)
+            self.close(ours(x), theirs.features(x), 1e-5)
+
+    def test_heads(self):
+        """The layers of each paper's head; SimCLR's last batch norm has no shift to learn."""
+        kinds = dict(simclr=["Linear", "BatchNorm", "ReLU", "Linear", "BatchNorm"], moco=["Linear", "ReLU", "Linear"],
+                     vicreg=["Linear", "BatchNorm", "ReLU", "Linear", "BatchNorm", "ReLU", "Linear"])
+        for loss, layers in kinds.items():
+            head = self.simclr.make_head(loss, 24, 10)
+            self.assertEqual([type(m).__name__ for m in head], layers)
+            widths = [m.weight.shape[::-1] for m in head if isinstance(m, nn.Linear)]
+            self.assertEqual([tuple(w) for w in widths], [(24, 10), (10, 10), (10, 10)] if loss == "vicreg" else
+                             [(24, 24), (24, 10)])
+            frozen = [k for k, p in head.named_parameters() if not p.requires_grad]
+            self.assertEqual(frozen, ["4.bias"] * (loss == "simclr"))
+
+    # optimisers
+
+    def test_lars(self):
+        """Against a loop over the authors' formula, with a matrix, a filter, a bias, and norms of 0."""
+        params = [nn.Parameter(t.double()) for t in (torch.randn(4, 3), torch.randn(2, 3, 3, 3), torch.randn(5),
+                                                     torch.zeros(3, 3), torch.randn(3, 2), torch.randn(2, 2))]
+        grads = [[torch.randn_like(p) * (i != 4) for _ in range(4)] for i, p in enumerate(params)]
+        decays = [0.01, 0.01, 0.01, 0.01, 0.0, 0.0]
+        want = [slow_lars(p.detach(), g, 0.3, decay, 0.9, 1e-3) for p, g, decay in zip(params, grads, decays)]
+        want[5] = params[5].detach().clone()
+        optimizer = self.simclr.LARS([dict(params=[p], weight_decay=d) for p, d in zip(params, decays)], 0.3)
+        optimizer.param_groups[2]["weight_decay"] = 0.0  # as make_optimizer has it for 1-D tensors
+        for step in range(4):
+            for p, g in zip(params[:5], grads):  # the last has no gradient: as it is
+                p.grad = g[step]
+            optimizer.step()
+        for i, (p, w) in enumerate(zip(params, want)):
+            self.close(p, w, 1e-12, i)
+        p = nn.Parameter(torch.full((2, 2), 3.0))  # the trust ratio itself: a step of lr · trust · |weights|
+        for scale in (1e-4, 1e4):
+            p.data, p.grad = torch.full((2, 2), 3.0), scale * torch.randn(2, 2)
+            self.simclr.LARS([p], 2.0).step()
+            self.assertAlmostEqual((p.detach() - 3).norm().item(), 2 * 1e-3 * 6, places=6)
+        q = nn.Parameter(torch.ones(3))
+        q.grad = torch.full((3,), 0.5)
+        self.simclr.LARS([q], 0.1).step()
+        self.close(q, torch.full((3,), 0.95), 1e-6)
+
+    def test_groups(self):
+        """Weights of layers decay, biases, norms and tokens don't; what is frozen and moco's keys are in no group. The
+        peak rate rises with the batch unless it is given."""
+        simclr = self.simclr
+        for flags in (dict(), dict(optimizer="sgd"), dict(optimizer="lars", loss="vicreg"), dict(loss="moco"),
+                      dict(encoder="vit", width=16, depth=1)):
+            c = self.config(**flags)
+            model = self.pair(c, double=False)
+            optimizer = simclr.make_optimizer(model, c)
+            decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+            for name, p in model.named_parameters():
+                if name.startswith("key_") or name.endswith("pos_embed") or (name == "head.4.bias" and c.loss ==
+                                                                             "simclr"):
+                    self.assertNotIn(id(p), decay, name)
+                else:
+                    matrix = name.endswith("weight") and not re.search(r"norm|bn|downsample.1|head.1.w|head.4.w", name)
+                    matrix = matrix or p.dim() > 1
+                    self.assertEqual(decay[id(p)], c.weight_decay if matrix else 0, name)
+            kind = flags.get("optimizer", "adamw")
+            self.assertEqual(type(optimizer).__name__.lower(), kind)
+            self.assertEqual((c.lr, c.weight_decay), dict(sgd=(0.06 * 8 / 256, 5e-4), adamw=(2e-3, 0.05),
+                                                          lars=(0.3 * 8 / 256, 1e-6))[kind])
+        self.assertEqual(self.config(lr=0.7, batch_size=4).lr, 0.7)
+        with mock.patch.object(Path, "is_dir", lambda path: True):
+            views = [(c.crop_min, c.jitter, c.grey) for c in (self.config(), self.config(data="cifar10"), self.config(
+                data="elsewhere", crop_min=0.08, jitter=0.0, grey=0.0))]
+        self.assertEqual(views, [(0.4, 1, 0.8), (0.2, 0.5, 0.2), (0.08, 0, 0)])
+        a = self.train("a", "--lr", 0.5, "--log_every", 1, "--warmup", 2)
+        rates = [row["lr"] for row in a.rows if "lr" in row]
+        want = [0.5 / 3, 1 / 3] + [0.25 * (1 + math.cos(math.pi * i / 4)) for i in range(4)]
+        self.close(torch.tensor(rates), torch.tensor(want), 1e-6)
+
+    # evaluation
+
+    def test_alignment(self):
+        z1, z2 = torch.randn(6, 4, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64)
+        a, u = self.simclr.alignment_and_uniformity(z1, z2)
+        z = [[v / v.norm() for v in z] for z in (z1, z2)]
+        self.assertAlmostEqual(a, sum(((p - q) ** 2).sum().item() for p, q in zip(*z)) / 6)
+        pairs = [[math.exp(-2 * ((v[i] - v[j]) ** 2).sum().item()) for i, j in itertools.combinations(range(6), 2)]
+                 for v in z]
+        self.assertAlmostEqual(u, sum(math.log(sum(p) / 15) for p in pairs) / 2)
+        one = torch.ones(5, 3)
+        self.assertEqual([round(v, 6) for v in self.simclr.alignment_and_uniformity(one, 2 * one)], [0, 0])
+
+    def test_evaluation(self):
+        """Of the encoder's features in evaluation mode, not the head's; beside them random init and pixels; a fresh run
+        scores what random init does."""
+        a = self.train("a")
+        first, *_, last = [row for row in a.rows if "knn" in row]
+        self.assertEqual((first["knn"], first["linear"]), (first["random_init_knn"], first["random_init_linear"]))
+        model, _ = self.simclr.load_pair(self.config())
+        model.load_state_dict(a.ckpt["model"])
+        x, y = self.simclr.make_shapes(10000, 1)
+        vx, vy = self.simclr.make_shapes(1000, 2)
+        stats = self.simclr.CIFAR10_STATS
+        with torch.no_grad():
+            z, vz = (model.eval().encoder(self.simclr.normalise(v, stats)) for v in (x, vx))
+            self.assertAlmostEqual(self.simclr.knn_accuracy(z, y, vz, vy), last["knn"])
+            n = len(vx)
+            two = model(self.simclr.views(self.config(), vx, 0, n, np.arange(2 * n)))
+        self.assertAlmostEqual(self.simclr.rankme(vz), last["rankme"], places=2)
+        align, uniform = self.simclr.alignment_and_uniformity(*two.chunk(2))
+        self.assertAlmostEqual(last["alignment"], align, places=4)
+        self.assertAlmostEqual(last["uniformity"], uniform, places=4)
+        self.assertAlmostEqual(last["head_std"], self.simclr.spread(two[:n]), places=4)
+        pixels = [self.simclr.normalise(v, stats).flatten(1) for v in (x, vx)]
+        self.assertAlmostEqual(self.simclr.knn_accuracy(pixels[0], y, pixels[1], vy), last["pixels_knn"])
+        final = a.rows[-1]
+        self.assertLessEqual({"test_knn", "test_linear", "test_linear_10%", "test_linear_1%", "test_rankme", "test_std",
+                              "test_random_init_knn", "test_pixels_linear", "peak_mb"}, {*final})
+        for word in ("simclr", "random_init", "pixels"):
+            self.assertRegex(a.text, rf"(?m)^ *{word} +0\.\d")
+
+    def test_evaluation_changes_nothing(self):
+        runs = [self.train(f"e{every}", "--eval_every", every, "--log_every", log) for every, log in ((2, 1), (6, 3))]
+        for key in ("model", "optimizer"):
+            self.same(*(r.ckpt[key] for r in runs))
+        self.assertNotEqual(self.train("s", "--seed", 7).losses, self.train("t").losses)
+
+    # runs
+
+    def test_overfits(self):
+        """A batch of eight images is told apart, whatever keeps vectors apart, and no vectors collapse."""
+        for loss, flags in (("simclr", ["--temperature", 0.1, "--lr", 0.005]), ("vicreg", []),
+                            ("moco", ["--queue", 16, "--optimizer", "sgd", "--lr", 0.05])):
+            few = {10000: 8, 1000: 40, 2000: 40}
+            shapes = lambda n, seed: self.images_and_labels(few[n], seed)
+            with mock.patch.object(self.simclr, "make_shapes", shapes):
+                a = self.train(loss, "--loss", loss, *flags, "--steps", 40, "--eval_every", 40, "--log_every", 1,
+                               "--crop_min", 0.8, "--jitter", 0.2, "--grey", 0)
+            rows = [row for row in a.rows if "loss" in row]
+            last = {k: sum(row[k] for row in rows[-8:]) / 8 for k in rows[0]}
+            early = {k: sum(row[k] for row in rows[1:5]) / 4 for k in rows[0]}
+            if loss == "vicreg":
+                self.assertLess(last["loss"], 0.75 * early["loss"], loss)
+                self.assertLess(last["variance"], 0.6)
+            elif loss == "simclr":
+                self.assertGreater(last["accuracy"], 0.9)
+                self.assertLess(last["loss"], 0.5 * early["loss"])
+            else:  # its queue holds these eight images too
+                self.assertGreater(last["accuracy"], early["accuracy"])
+
+    def images_and_labels(self, n, seed):
+        x, y = drawn(self.draw, n, seed)
+        return x[:, :, ::2, ::2], y
+
+    def test_collapse(self):
+        """Without its variance term VICReg lets its vectors shrink to one, and the log shows it."""
+        flags = ["--loss", "vicreg", "--steps", 30, "--eval_every", 30, "--log_every", 5, "--optimizer", "sgd", "--lr",
+                 0.01, "--covariance", 0]
+        hinges = [[row["variance"] for row in self.train(name, *flags, *more).rows if "variance" in row][-1]
+                  for name, more in (("a", []), ("b", ["--variance", 0]))]
+        self.assertLess(hinges[0], 0.7)
+        self.assertGreater(hinges[1], 0.9)
+
+    def test_resume(self):
+        """6 steps are 3, stop, resume, 3 more: bit for bit, for every objective and optimiser."""
+        for kind in (["--chunk", 4, "--optimizer", "lars"], ["--loss", "moco"],
+                     ["--loss", "vicreg", "--optimizer", "sgd"]):
+            with self.subTest(kind):
+                a = self.train("a", *kind, "--blur", 0.5)
+                b = self.train("b", *kind, "--blur", 0.5, "--stop_at", 3, "--log_every", 1)
+                self.assertEqual((b.ckpt["step"], b.rows[-1]["step"]), (3, 3))
+                self.assertFalse(torch.equal(*(r.ckpt["model"]["encoder.conv1.weight"] for r in (a, b))))
+                with open(b.out / "log.jsonl", "a") as file:  # what a killed run may have left
+                    file.write('{"step": 5, "loss": 9.0}\n{"step": 6, "lo')
+                b = self.train("b", "--resume", tiny=False)
+                for key in ("model", "optimizer", "step", "best", "encoder"):
+                    self.same(a.ckpt[key], b.ckpt[key], key)
+                self.assertEqual(a.knn, b.knn)
+                self.assertEqual(*(r.rows[-1]["test_linear"] for r in (a, b)))
+                if "--chunk" in kind:  # nothing is left to do
+                    self.same_run(b, self.train("b", "--resume", tiny=False))
+                for r in (a, b):
+                    shutil.rmtree(r.out)
+
+    def test_vit_runs(self):
+        """A ViT for every objective; vit.py goes on with its encoder, and refuses a ResNet's in a line."""
+        import vit
+        with small_simclr(size=32):
+            a = self.train("a", *self.vit, "--loss", "moco")
+            b = self.train("b", "--init", a.out / "ckpt.pt", *self.vit, "--steps", 1, "--lr", 1e-12)
+            self.assertEqual(b.ckpt["encoder"].keys(), a.ckpt["encoder"].keys())
+            for name, t in a.ckpt["encoder"].items():
+                self.close(b.ckpt["encoder"][name], t, 1e-6, name)
+            c = self.train("c", "--steps", 1)
+        self.assertEqual(a.ckpt["encoder_config"], dict(image_size=32, patch_size=4, dim=16, depth=1, heads=1,
+                                                        pool="mean"))
+        model = vit.ViT.from_pretrained(str(a.out / "ckpt.pt"))
+        self.assertEqual((model.settings["heads"], model.pool, model.settings["pos"]), (1, "mean", "learned"))
+        encoder = self.simclr.PatchEncoder(**a.ckpt["encoder_config"])
+        encoder.load_state_dict(a.ckpt["encoder"])
+        x = torch.randn(2, 3, 32, 32)
+        self.close(model.features(x), encoder(x), 1e-5)
+        self.assertEqual((c.ckpt["encoder_config"], "conv1.weight" in c.ckpt["encoder"]), (dict(width=8), True))
+        status, _, err = run("vit", "--init", c.out / "ckpt.pt", "--out", self.dir / "v")
+        self.assertEqual(status, 2)
+        self.assertRegex(err, r"\Avit\.py: [^\n]*ResNet[^\n]*\n\Z")
+
+    def test_init(self):
+        """From a checkpoint's encoder: this script's, vit.py's with a class token; the sizes are its own."""
+        import vit
+        a = self.train("a")
+        flags = ["--batch_size", 8, "--head_dim", 24, "--dtype", "float32", "--steps", 1, "--lr", 1e-12]
+        b = self.train("b", *flags, "--init", a.out / "ckpt.pt", "--loss", "vicreg", tiny=False)
+        self.assertEqual((b.ckpt["config"]["width"], b.ckpt["encoder_config"]), (8, dict(width=8)))
+        self.close(b.ckpt["encoder"]["layer4.1.conv2.weight"], a.ckpt["encoder"]["layer4.1.conv2.weight"], 1e-6)
+        first = [row for row in b.rows if "knn" in row][0]
+        self.assertEqual(first["knn"], a.knn[6])
+        self.assertNotEqual(first["rankme"], a.rows[0]["rankme"])
+        model = vit.ViT(32, 8, 24, 2, 3, 5)
+        saved = dict(model=model.state_dict(), model_config=model.settings, config={}, step=1,
+                     encoder={k: t for k, t in model.state_dict().items() if not k.startswith("head.")},
+                     encoder_config=model.settings)
+        torch.save(saved, self.dir / "vit.pt")
+        with small_simclr(size=32):
+            c = self.train("c", *flags, "--init", self.dir / "vit.pt", "--encoder", "vit", tiny=False)
+            d = self.train("c", "--resume", "--steps", 2, tiny=False)
+        self.assertEqual(c.ckpt["encoder_config"], dict(image_size=32, patch_size=8, dim=24, depth=2, heads=3,
+                                                        pool="cls"))
+        self.assertEqual((c.ckpt["config"]["width"], c.ckpt["config"]["depth"], d.ckpt["step"]), (24, 2, 2))
+        for flags in (["--init", a.out / "ckpt.pt", *self.vit], ["--init", a.out / "ckpt.pt", "--width", 24],
+                      ["--init", self.dir / "vit.pt"],
+                      ["--init", self.dir / "vit.pt", "--encoder", "vit", "--width", 64],
+                      ["--init", self.dir / "vit.pt", "--encoder", "vit", "--depth", 4]):
+            self.bad(*flags, "--out", self.dir / "none", says="pt")
+        torch.save({k: v for k, v in saved.items() if k != "encoder"}, self.dir / "none.pt")
+        self.bad("--init", self.dir / "none.pt", says="holds no encoder")
+        big = vit.ViT(64, 8, 24, 2, 3, 5)
+        torch.save(saved | dict(encoder_config=big.settings, encoder={
+            k: t for k, t in big.state_dict().items() if not k.startswith("head.")}), self.dir / "big.pt")
+        self.bad("--init", self.dir / "big.pt", "--encoder", "vit", says="64 pixels")
+
+    def test_torchrun(self):
+        """Two processes update as one does with the joined batch, batch norm, queue and all; one of them speaks."""
+        kinds = dict(simclr=[], moco=["--loss", "moco", "--bn_splits", 4, "--queue", 32],
+                     joined=["--loss", "moco", "--bn_splits", 1, "--queue", 32], vicreg=["--loss", "vicreg"])
+        flags = [*self.tiny, "--steps", 3, "--optimizer", "sgd", "--lr", 0.002, "--eval_every", 3, "--log_every", 1]
+        (self.dir / "two.py").write_text(  # one group for all runs: to start processes takes longer than they do
+            "import json\nimport sys\nimport torch\n"
+            f"import simclr\nimport {Path(inspect.getfile(small_simclr)).stem} as t\n"
+            "torch.set_num_threads(1)\ntorch.distributed.init_process_group('gloo')\n"
+            "end = torch.distributed.destroy_process_group\n"
+            "torch.distributed.init_process_group = torch.distributed.destroy_process_group = lambda *a: None\n"
+            "with t.small_simclr():\n    for argv in json.loads(sys.argv[1]):\n        assert simclr.main(argv) == 0\n"
+            "torch.distributed.barrier()\nend()\n")
+        runs = {name: [str(f) for f in [*flags, *kind, "--out", self.dir / f"two_{name}"]]
+                for name, kind in kinds.items()}
+        done = child("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", self.dir / "two.py",
+                     json.dumps([*runs.values()]), cwd=self.dir)
+        self.assertEqual(done.returncode, 0, done.stderr[-2000:])
+        self.assertEqual(done.stdout.count("step 3/3 | loss"), len(kinds))
+        for name, kind in kinds.items():
+            with self.subTest(name):
+                one = self.train(f"one_{name}", *flags, *kind, "--batch_size", 16)
+                two = self.look(self.dir / f"two_{name}")
+                self.assertEqual(list(one.ckpt["model"]), list(two.ckpt["model"]))
+                start = self.train("start", *flags, *kind, "--stop_at", 1, "--lr", 1e-12).ckpt["model"]
+                a, b, c = (torch.cat([r[k].flatten() for k in dict(start) if k.endswith(("weight", "bias", "queue"))])
+                           for r in (start, one.ckpt["model"], two.ckpt["model"]))
+                self.close(c - a, b - a, 0.05)  # fp32's rounding grows; what is missed would be half or all of it
+                for step, loss in one.losses.items():
+                    self.assertAlmostEqual(loss / two.losses[step], 1, delta=1e-3)
+
+    def test_gather(self):
+        """Two processes' losses of vectors: their mean, and the gradients that DistributedDataParallel's mean makes,
+        are those of the joined batch, for NT-Xent and VICReg, chunked too."""
+        net = """if True:
+            class Net(torch.nn.Module):
+                def __init__(self, w):
+                    super().__init__()
+                    self.w = torch.nn.Parameter(w)
+
+                def forward(self, x, passes=1):
+                    return torch.tanh(x.double().mean((2, 3)).repeat(1, 2) @ self.w)
+            """
+        code = f"""import contextlib, torch, torch.distributed as dist, simclr\n{net}""" + """
+            torch.set_num_threads(1)
+            dist.init_process_group("gloo")
+            rank, z = dist.get_rank(), torch.load("z.pt")
+            own = slice(4 * rank, 4 * rank + 4)
+            out = {}
+            for name, loss in dict(nt=lambda a, b: simclr.nt_xent(a, b, 0.3), vic=simclr.vicreg_loss).items():
+                a, b = (v[own].clone().requires_grad_() for v in z)
+                value, scores = loss(a, b)
+                value.backward()
+                out[name] = [value.detach(), a.grad / 2, b.grad / 2, *scores.values()]
+            x, w = torch.load("x.pt"), torch.load("w.pt").requires_grad_()
+            own = torch.cat((torch.arange(4), torch.arange(8, 12))) + 4 * rank
+            c = simclr.Config(batch_size=4, chunk=2)
+            value, _ = simclr.loss_backward(lambda v: torch.tanh(v @ w), x[own], c)
+            dist.all_reduce(w.grad)
+            out["chunk"] = [value.detach(), w.grad / 2]
+            for loss in ("simclr", "vicreg"):
+                model = simclr.Contrastive(simclr.ConvEncoder(8), loss, 6, 4).double().train()
+                model.load_state_dict(torch.load(f"{loss}.pt"))
+                for module in model.modules():
+                    if isinstance(module, simclr.BatchNorm):
+                        module.splits = 0
+                images = torch.load("images.pt")[own]
+                encode = lambda v: model(v, passes=1 if loss == "simclr" else 2)
+                simclr.loss_backward(encode, images, simclr.Config(batch_size=4, loss=loss))
+                grads = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+                dist.all_reduce(grads)
+                out[loss] = [grads / 2, *(t for k, t in model.named_buffers() if "running" in k)]
+            net = Net(w.detach())
+            simclr.contrastive_step(torch.nn.parallel.DistributedDataParallel(net), net, torch.optim.SGD([net.w], 1.0),
+                                    contextlib.nullcontext(), torch.load("images.pt").mul(50).byte(),
+                                    simclr.Config(batch_size=4, chunk=2, lr=1.0, warmup=0), 0, 10**9, rank, 2)
+            out["step"] = net.w.detach()
+            torch.save(out, f"{rank}.pt")
+            dist.barrier()
+            dist.destroy_process_group()"""
+        z = [torch.randn(8, 5, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+        x, w = torch.randn(16, 6, dtype=torch.float64), torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+        for name, content in dict(z=[v.detach() for v in z], x=x, w=w.detach()).items():
+            torch.save(content, self.dir / f"{name}.pt")
+        images, models = torch.randn(16, 3, 16, 16, dtype=torch.float64), {}
+        torch.save(images, self.dir / "images.pt")
+        for loss in ("simclr", "vicreg"):
+            models[loss] = self.simclr.Contrastive(self.simclr.ConvEncoder(8), loss, 6, 4).double().train()
+            torch.save(models[loss].state_dict(), self.dir / f"{loss}.pt")
+        (self.dir / "g.py").write_text(code)
+        done = child("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", self.dir / "g.py",
+                     cwd=self.dir)
+        self.assertEqual(done.returncode, 0, done.stderr[-2000:])
+        a, b = (torch.load(self.dir / f"{rank}.pt") for rank in (0, 1))
+        slow = dict(nt=lambda *v: slow_nt_xent(*v, 0.3), vic=lambda *v: slow_vicreg(*v, 25, 25, 1)[0])
+        for name, loss in slow.items():
+            want = loss(*z)
+            grads = torch.autograd.grad(want, z)
+            self.close((a[name][0] + b[name][0]) / 2, want, 1e-12, name)
+            for i, g in enumerate(grads):
+                self.close(torch.cat((a[name][1 + i], b[name][1 + i])), g, 1e-11, name)
+        want = slow_nt_xent(*torch.tanh(x @ w).chunk(2), 0.2)
+        self.close((a["chunk"][0] + b["chunk"][0]) / 2, want, 1e-12)
+        for r in (a, b):
+            self.close(r["chunk"][1], torch.autograd.grad(want, w, retain_graph=True)[0], 1e-11)
+        Net = {"torch": torch}
+        exec(net, Net)
+        one = Net["Net"](w.detach().clone())
+        self.simclr.contrastive_step(one, one, torch.optim.SGD([one.w], 1.0), contextlib.nullcontext(),
+                                     images.mul(50).byte(), self.config(lr=1.0, warmup=0), 0, 10**9, 0, 1)
+        for r in (a, b):  # pieces on each of two processes: gradients are exchanged once
+            self.close(r["step"] - w.detach(), one.w.detach() - w.detach(), 1e-5)
+        for loss, model in models.items():  # the real network, in which batch norm sees all processes' images
+            self.simclr.loss_backward(lambda v: model(v, passes=1 if loss == "simclr" else 2), images,
+                                      self.config(loss=loss))
+            grads = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+            for r in (a, b):
+                self.close(r[loss][0], grads, 1e-9, loss)
+                for got, (name, want) in zip(r[loss][1:], ((k, t) for k, t in model.named_buffers() if "running" in k)):
+                    self.close(got, want, 1e-9, name)
+
+    def test_ctrl_c(self):
+        """Between two steps: a checkpoint, how to go on, status 130; and the run goes on bit for bit."""
+        a, step, calls = self.train("a"), self.simclr.contrastive_step, []
+
+        def interrupted(*args):
+            calls.append(1)
+            if len(calls) == 5:
+                signal.raise_signal(signal.SIGINT)
+            return step(*args)
+
+        handler = signal.getsignal(signal.SIGINT)
+        with mock.patch.object(self.simclr, "contrastive_step", interrupted):
+            b = self.train("b", status=130)
+        self.assertIs(signal.getsignal(signal.SIGINT), handler)
+        self.assertEqual((b.ckpt["step"], len(calls)), (5, 5))
+        command = re.search(r"python simclr\.py (.*--resume.*)", b.text)[1]
+        self.assertEqual(run("simclr", *shlex.split(command))[0], 0)
+        b = self.look(b.out)
+        for key in ("model", "optimizer", "best"):
+            self.same(a.ckpt[key], b.ckpt[key], key)
+
+    def test_best(self):
+        """best.pt is the checkpoint with the best kNN on validation images; the test row and the neighbours are its."""
+        a = self.train("a", "--eval_every", 1, "--lr", 0.3)
+        best = torch.load(a.out / "best.pt", weights_only=True)
+        self.assertEqual((best["step"], best["best"]), (max(a.knn, key=a.knn.get), max(a.knn.values())))
+        self.assertEqual([*a.knn], [*range(7)])
+        head = (a.out / "neighbours.png").read_bytes()
+        classes = len({*self.simclr.make_shapes(2000, 3)[1].tolist()})
+        self.assertEqual(struct.unpack(">II", head[16:24]), (9 * 100 + 4, classes * 100 + 4))
+        xml.etree.ElementTree.parse(a.out / "curves.svg")
+        self.assertIn("120 images", a.text)
+        b = self.train("b", "--full_train")  # learns from the validation images, is probed as ever
+        self.assertIn("160 images", b.text)
+        self.assertEqual(b.rows[0]["random_init_knn"], a.rows[0]["random_init_knn"])
+        self.assertIn("60 images", self.train("c", "--labels", 0.5).text)
+
+    def test_neighbours(self):
+        """Each row: a class's first test image, then the training images at the least angle."""
+        images, labels = self.images(12, size=8), torch.arange(12) % 3
+        encode, sheets = lambda x: x.flatten(1)[:, :6], []
+        with mock.patch.object(self.simclr, "write_sheet", lambda path, rows: sheets.append(rows)):
+            self.simclr.draw_neighbours(encode, (images[:9], labels[:9]), (images[9:], labels[9:]), "x",
+                                        contextlib.nullcontext())
+        z = self.simclr.normalise(images, self.simclr.CIFAR10_STATS).flatten(1)[:, :6]
+        for query, row in zip((9, 10, 11), sheets[0]):
+            self.same(row[0], images[query])
+            order = sorted(range(9), key=lambda i: -F.cosine_similarity(z[query], z[i], 0).item())
+            for got, i in zip(row[1:], order):
+                self.same(got, images[i])
+
+    def test_not_finite(self):
+        """The run stops with status 1, names the step, and keeps the last good checkpoint."""
+        for every, says in ((6, "(nan|inf)"), (1, "features")):  # with an evaluation before the next loss, too
+            status, text, err = run("simclr", *self.tiny, "--out", self.dir / "a", "--loss", "vicreg", "--lr", 9e18,
+                                    "--optimizer", "sgd", "--warmup", 0, "--log_every", 1, "--eval_every", every)
+            self.assertEqual(status, 1, err)
+            self.assertRegex(err, rf"\Asimclr\.py: [^\n]*{says}[^\n]* step [123]\b[^\n]*\n\Z")
+            self.assertEqual(torch.load(self.dir / "a/ckpt.pt", weights_only=True)["step"], 0)
+
+    # bad input
+
+    def test_bad_flags(self):
+        for flags in """--encoder resnet50, --encoder=, --loss byol, --augment none, --optimizer adam, --dtype int8,
+                --lr nan, --lr 0, --lr -1, --labels 0, --labels 2, --crop_min 0, --crop_min 1.5, --jitter 2, --grey 1.1,
+                --blur -0.5, --width 0, --width 12, --width -8, --encoder vit --width 100, --depth 0, --head_dim 0,
+                --temperature 0, --temperature -0.5, --temperature nan, --temperature inf, --chunk -1, --chunk 1,
+                --chunk 3, --chunk 16, --loss moco --chunk 4, --queue 0, --loss moco --queue 12, --loss moco --queue 4,
+                --momentum 1.1, --momentum -1, --loss moco --bn_splits 3, --loss moco --bn_splits 8, --bn_splits 0,
+                --invariance -1, --variance nan, --covariance inf, --weight_decay -1, --warmup -1, --batch_size 0,
+                --batch_size 1, --probe_images 0, --epochs 0, --epochs nan, --steps 0, --steps 1.5, --stop_at 0,
+                --eval_every 0, --log_every 0, --seed -1, --device nowhere, --data nowhere, --data=, --init=,
+                --init nowhere.pt, --resume, --resume --init x.pt, --no_such_flag 1, --temp 1, --steps, stray
+                """.split(","):
+            self.bad(*self.tiny, *flags.split())
+        for flags, says in (("--temperature 0", ("--temperature", "above 0")),
+                            ("--batch_size 1", ("--batch_size 1", "2 or more")), ("--loss byol", ("byol", "vicreg")),
+                            ("--loss moco --queue 12", ("--queue 12", "8 images"))):
+            self.bad(*self.tiny, *flags.split(), says=says)
+        self.bad("--data", self.dir / "nowhere", "--lr", "nan", says="--lr")  # flags come before data
+        (self.dir / "text.txt").write_text("hello")
+        self.bad(*self.tiny, "--out", self.dir / "text.txt", says="text.txt", status=1)
+        with mock.patch.dict(os.environ, WORLD_SIZE="3"):  # three processes: 24 images a step
+            self.bad(*self.tiny, "--loss", "moco", says=("--queue 32", "24"))
+            self.bad(*self.tiny, "--loss", "moco", "--queue", 48, says=("--bn_splits 2", "3 processes"))
+
+    def test_bad_checkpoints(self):
+        a = self.train("a", "--steps", 1)
+        good, saved = (a.out / "best.pt").read_bytes(), torch.load(a.out / "best.pt", weights_only=True)
+
+        def checkpoint(name, content):
+            torch.save(content, self.dir / name)
+            return self.dir / name
+
+        foreign = [checkpoint("list.pt", [1, 2]), checkpoint("object.pt", Evil(self.dir / "marker"))]
+        foreign += [checkpoint(f"no_{key}.pt", {k: v for k, v in saved.items() if k != key})
+                    for key in ("model", "config", "step", "model_config", "encoder", "encoder_config")]
+        foreign += [checkpoint("width.pt", saved | dict(encoder_config=dict(width=16))),
+                    checkpoint("none.pt", saved | dict(encoder_config=None)),
+                    checkpoint("names.pt", saved | dict(encoder={"cls_token": torch.ones(1)}))]
+        (self.dir / "cut.pt").write_bytes(good[:len(good) // 2])
+        (self.dir / "noise.pt").write_bytes(os.urandom(5000))
+        for path in [*foreign, self.dir / "cut.pt", self.dir / "noise.pt"]:
+            self.bad(*self.tiny, "--init", path, says=path.name)
+        self.assertFalse((self.dir / "marker").exists())
+        for flags in ("--width 16", "--encoder vit", "--loss moco", "--head_dim 24", "--optimizer lars"):
+            self.bad("--resume", "--out", a.out, *flags.split(), says="ckpt.pt")
+        (a.out / "ckpt.pt").write_bytes((a.out / "ckpt.pt").read_bytes()[:-999])
+        self.bad("--resume", "--out", a.out, says="ckpt.pt")
+
+    def test_command_line(self):
+        """As a program: the exit status, and one line on stderr."""
+        done = child(HERE / "simclr.py", "--temperature", "0", cwd=self.dir)
+        self.assertEqual((done.returncode, done.stdout, snapshot(self.dir)), (2, "", {}))
+        self.assertRegex(done.stderr, r"\Asimclr\.py: [^\n]+\n\Z")
+
+
+class PerImage(torch.utils.data.Dataset):
+    """Two views of each image, made one at a time from PIL pictures: what most scripts for SimCLR do."""
+
+    def __init__(self, images, transform):
+        from PIL import Image
+        self.images, self.transform = [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in images], transform
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return self.transform(self.images[i]), self.transform(self.images[i])
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # puzzles.py
 
 
@@ -5651,8 +8175,8 @@ class BenchViT(Bench):
     passed on: --data and --data_dir."""
 
     script = "vit"
-    PLAIN = "--data cifar10 --arch cifar --batch_size 128 --pool cls --label_smoothing 0 --log_every 50".split()
-    RECIPE = "--data cifar10 --arch cifar --batch_size 128 --conv_stem --label_smoothing 0.1 --log_every 50".split()
+    RECIPE = "--data cifar10 --arch cifar --patch_size 4 --batch_size 128 --lr 1e-3 --log_every 50".split()
+    PLAIN = [*RECIPE, *"--no-conv_stem --pool cls --pos learned --label_smoothing 0".split()]
 
     def pflop(self, name, recipe, pflop, *flags):
         """A run that ends at so many PFLOP, 6 × MACs × images."""
@@ -5679,7 +8203,8 @@ class BenchViT(Bench):
         """A training step of 192 × 6, patch 4, batch 256: vit.py's against the same model from torch's modules and
         scaled_dot_product_attention, eager, in fp32 and under bf16 autocast; and the share of augmentation in it."""
         vit = importlib.import_module("vit")
-        c, (x, y), counter = vit.Config(arch="cifar", batch_size=256), vit.make_shapes(1000, 0), itertools.count()
+        c = vit.Config(arch="cifar", patch_size=4, conv_stem=False, batch_size=256)
+        (x, y), counter = vit.make_shapes(1000, 0), itertools.count()
         c_augmented = dataclasses.replace(c, trivial=True, cutmix=1.0, erase=0.25)
         _, dtype, autocast = vit.pick_device("cpu", "bfloat16")
         ours, plain = vit.load_vit(c, 10), vit.load_vit(c, 10)
@@ -5715,6 +8240,266 @@ class BenchViT(Bench):
             print(f"{name:>16} {1e3 * statistics.median(t):8.1f} ms, {256 / statistics.median(t):6.0f} images/s | fp32 "
                   f"takes {ratio(times, 'fp32', name):.2f} times as long, autocast {ratio(times, 'autocast', name):.2f}",
                   flush=True)
+
+
+class BenchFlashAttn(Bench):
+    """python tests.py BenchFlashAttn.NAME, where NAME is one of the methods; nothing else should run meanwhile."""
+
+    script = "flash_attn"
+
+    def inputs(self, T):
+        torch.manual_seed(0)
+        return [torch.randn(1, 8, T, 64).requires_grad_(wants) for wants in (True, True, True, False)]
+
+    def speed(self, T=4096, rounds=9):
+        """fp32, causal, B 1, H 8, D 64: our time over torch's, forward, backward, and both; and the naive one's."""
+        fa, (q, k, v, do) = importlib.import_module("flash_attn"), self.inputs(int(T))
+        forward = dict(ours=lambda: fa.flash_attention(q, k, v, causal=True),
+                       sdpa=lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+                       naive=lambda: fa.attention(q, k, v, causal=True))
+        forward = {name: torch.no_grad()(f) for name, f in forward.items()} | {
+            name + " both": functools.partial(lambda f: torch.autograd.grad(f(), (q, k, v), do), f)
+            for name, f in forward.items()}
+        times = in_turn(forward, int(rounds), warm=1)
+        for name, t in times.items():
+            other = "sdpa both" if "both" in name else "sdpa"
+            print(f"{name:>10} {1e3 * statistics.median(t):8.1f} ms, {ratio(times, name, other):.3f} of torch's",
+                  flush=True)
+
+    def sizes(self, T=4096, rounds=5):
+        """The same for several sizes of tiles."""
+        fa, (q, k, v, do) = importlib.import_module("flash_attn"), self.inputs(int(T))
+        run = dict(sdpa=lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True))
+        run["sdpa both"] = lambda: torch.autograd.grad(run["sdpa"](), (q, k, v), do)
+
+        def ours(sizes, both):
+            with mock.patch.multiple(fa, HEADS=sizes[0], ROWS=sizes[1], COLUMNS=sizes[2]):
+                o = fa.flash_attention(q, k, v, causal=True)
+                return torch.autograd.grad(o, (q, k, v), do) if both else o
+
+        for sizes in itertools.product((2, 4, 8), (128, 256), (128, 256, 512)):
+            run[f"{sizes}"] = functools.partial(ours, sizes, False)
+            run[f"{sizes} both"] = functools.partial(ours, sizes, True)
+        times = in_turn(run, int(rounds), warm=1)
+        for name in times:
+            other = "sdpa both" if "both" in name else "sdpa"
+            print(f"{name:>22} {ratio(times, name, other):.3f} of torch's", flush=True)
+
+    def window(self, T=16384, rounds=3):
+        """Forward with a window of 256, against torch's with the same mask as a matrix."""
+        fa, (q, k, v, _) = importlib.import_module("flash_attn"), self.inputs(int(T))
+        lo, hi = fa.spans(int(T), int(T), True, 256)
+        j = torch.arange(int(T))
+        mask = (lo[:, None] <= j) & (j < hi[:, None])
+        run = dict(ours=lambda: fa.flash_attention(q, k, v, causal=True, window=256),
+                   sdpa=lambda: F.scaled_dot_product_attention(q, k, v, mask))
+        with torch.no_grad():
+            times = in_turn(run, int(rounds), warm=1)
+        print(f"ours {1e3 * statistics.median(times['ours']):.0f} ms, torch's {ratio(times, 'sdpa', 'ours'):.1f} "
+              "times as long", flush=True)
+
+    def memory(self, T=16384):
+        """MiB above inputs and outputs, forward and backward."""
+        code = f"import flash_attn as f; print(f.bench_case(f.Config(), 'torch', {int(T)}))"
+        subprocess.run([sys.executable, "-c", code], cwd=HERE, check=True)
+
+    def curves(self, *flags):
+        """The default run with flash_attention and with attention: logs in assets/logs/flash_attn/, and a chart."""
+        fa, series = importlib.import_module("flash_attn"), {}
+        for backend in ("torch", "naive"):
+            out = Path("out/bench") / f"flash_attn_{backend}"
+            flags_ = ["--backend", backend, "--out", str(out), *flags]
+            code = f"import sys, flash_attn; sys.exit(flash_attn.main({flags_}))"
+            subprocess.run([sys.executable, "-c", code], check=True)  # each with a peak of its own
+            rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+            last = self.keep(out, backend)
+            series[backend] = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+            print(backend, {k: last[k] for k in ("test_accuracy", "seconds", "peak_mb")}, flush=True)
+        fa.curves_svg(HERE / "assets" / "flash_attn_curves.svg", series, "step", "training loss")
+
+
+class BenchMAE(Bench):
+    """python tests.py BenchMAE.NAME, where NAME is one of the methods; nothing else should run meanwhile. Flags are
+    passed on: --data and --data_dir."""
+
+    script = "mae"
+    CIFAR = ("--data cifar10 --dim 192 --depth 6 --heads 3 --decoder_dim 128 --decoder_depth 2 --decoder_heads 4 "
+             "--mask_ratio 0.75 --norm_pix_loss --batch_size 256 --lr 1.5e-3 --warmup 300 --log_every 20").split()
+
+    def timed(self, name, seconds, *flags):
+        """A run of about so many seconds of training: ten steps tell how many steps that is."""
+        mae = importlib.import_module("mae")
+        flags = [*self.CIFAR, *map(str, flags)]
+        if mae.main([*flags, "--steps", "12", "--eval_every", "99", "--log_every", "2", "--probe_images", "500",
+                     "--out", "out/bench/steps"]):
+            sys.exit(f"{name} failed")
+        rows = [json.loads(line) for line in open("out/bench/steps/log.jsonl")]
+        ms = statistics.median(row["ms"] for row in rows if row.get("step", 0) > 2 and "ms" in row)
+        last = self.train(name, *flags, "--steps", max(1, round(1e3 * float(seconds) / ms)))
+        print(name, {key: value for key, value in last.items() if "test" in key or key == "seconds"}, flush=True)
+
+    def default(self):
+        self.train("default_seed0")
+
+    def hour(self, *flags, seconds=3600):
+        """CIFAR-10; then what fine-tuning it gives against the same network from scratch, in equal steps."""
+        self.timed("hour", seconds, *flags)
+        self.finetune(*flags)
+
+    def finetune(self, *flags, steps=2000):
+        vit = Bench()
+        vit.script = "vit"  # logs in assets/logs/vit/
+        both = ["--steps", steps, "--batch_size", 128, "--lr", 1e-3, "--log_every", 50, *flags]
+        for name, start in (("mae_finetuned", ["--init", "out/bench/hour/ckpt.pt", "--layer_decay", 0.75]),
+                            ("mae_from_scratch", ["--arch", "cifar", "--pool", "cls"])):
+            last = vit.train(name, "--data", "cifar10", *start, *both)
+            print(name, {key: last[key] for key in ("test_accuracy", "seconds")}, flush=True)
+
+    def ablation(self, *flags, seconds=600):
+        """Mask ratios and depths of the decoder, ten minutes each."""
+        for ratio in (0.5, 0.75, 0.9):
+            self.timed(f"ratio_{ratio}", seconds, "--mask_ratio", ratio, *flags)
+        for depth in (1, 4):  # 2 is ratio_0.75
+            self.timed(f"decoder_{depth}", seconds, "--decoder_depth", depth, *flags)
+
+    def speed(self, rounds=5):
+        """A training step of 192 × 12, patch 4, decoder 128 × 2, batch 256: mae.py's against the official design,
+        with scaled_dot_product_attention and its AdamW, eager, in fp32 and under bf16 autocast; then forward and
+        backward through the encoder, of a quarter of the patches and of all."""
+        mae = importlib.import_module("mae")
+        c = mae.Config(dim=192, depth=12, heads=3, decoder_dim=128, decoder_depth=2, decoder_heads=4, batch_size=256,
+                       mask_ratio=0.75, norm_pix_loss=True)
+        (images, _), counter = mae.make_shapes(1000, 0), itertools.count()
+        _, _, autocast = mae.pick_device("cpu", "auto", "avx512_bf16")
+        ours, plain = mae.load_mae(c), mae.load_mae(c)
+
+        def attention(self, x, key_mask=None):
+            B, N, C = x.shape
+            q, k, v = self.qkv(x).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+            return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, C))
+
+        for block in [*plain.blocks, *plain.decoder_blocks]:
+            block.attn.forward = functools.partial(attention, block.attn)
+        trained = [p for p in plain.parameters() if p.requires_grad]
+        plain_opt = torch.optim.AdamW(trained, 1e-3, betas=(0.9, 0.95), weight_decay=0.05)
+        x, optimizer = mae.normalise(images[:256], plain.stats).contiguous(), mae.decay_weights(ours, 0.05)
+
+        def plain_step(enabled):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                loss = plain(x, 0.75)[0]
+            loss.backward()
+            plain_opt.step()
+            plain_opt.zero_grad()
+
+        def encoder(ratio):
+            with autocast:
+                z = ours.encode(x, ratio, torch.rand(256, 64))[0] if ratio else ours.encoder(ours.tokens(x))
+            z.sum().backward()
+            ours.zero_grad()
+
+        run = {"fp32": lambda: plain_step(False), "autocast": lambda: plain_step(True),
+               "mae.py": lambda: mae.mae_step(ours, ours, optimizer, autocast, images, c, next(counter), 10**6, 0, 1),
+               "encoder at .75": lambda: encoder(0.75), "encoder of all": lambda: encoder(0)}
+        times = in_turn(run, int(rounds), warm=2)
+        for name, t in times.items():
+            longer = [f"{other} {ratio(times, other, name):.2f}" for other in ("fp32", "autocast", "encoder of all")]
+            print(f"{name:>14} {1e3 * statistics.median(t):8.1f} ms, {256 / statistics.median(t):6.0f} images/s | "
+                  f"times as long take {', '.join(longer)}", flush=True)
+
+
+class BenchSimCLR(Bench):
+    """python tests.py BenchSimCLR.NAME, where NAME is one of the methods; nothing else should run meanwhile. Flags are
+    passed on: --data and --data_dir."""
+
+    script = "simclr"
+
+    def default(self):
+        """The run without flags."""
+        began = time.perf_counter()
+        last = self.train("default")
+        print({key: last[key] for key in last if "knn" in key or "linear" in key},
+              f"{time.perf_counter() - began:.0f} s in all")
+
+    def speed(self, rounds=3, batch=256):
+        """A step of ResNet-18, batch 256, augmentation included, against the same network, loss and optimiser in fp32
+        eager on pairs from a DataLoader of two workers that transform PIL pictures; and augmentation's share."""
+        simclr, rounds, batch = importlib.import_module("simclr"), int(rounds), int(batch)
+        x, counter = simclr.make_shapes((rounds + 1) * batch, 0)[0], itertools.count()
+        c = simclr.Config(width=64, batch_size=batch, optimizer="sgd", crop_min=0.2, jitter=0.5, grey=0.2)
+        _, dtype, autocast = simclr.pick_device("cpu", "auto", "avx512_bf16")
+        ours = simclr.load_pair(c)[0].to(memory_format=torch.channels_last)
+        optimizer = simclr.make_optimizer(ours, c)
+        run = {"views": lambda: simclr.views(c, x, next(counter), batch, np.arange(2 * batch)),
+               "simclr.py": lambda: simclr.contrastive_step(ours, ours, optimizer, autocast, x, c, next(counter),
+                                                            10**6, 0, 1)}
+        times = in_turn(run, rounds, warm=1)
+        rate = {name: batch / statistics.median(t) for name, t in times.items()}
+        print(f"simclr.py: {rate['simclr.py']:.1f} pairs/s ({dtype}), augmentation "
+              f"{ratio(times, 'views', 'simclr.py'):.1%} of a step", flush=True)
+        try:
+            from torchvision import transforms as T
+            import PIL  # noqa: F401
+        except ImportError as error:
+            return print(f"nothing to compare with: {error}; pip install torchvision pillow")
+        transform = T.Compose([T.RandomResizedCrop(32, scale=(0.2, 1)), T.RandomHorizontalFlip(),
+                               T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8), T.RandomGrayscale(0.2),
+                               T.ToTensor(), T.Normalize(*simclr.CIFAR10_STATS)])
+        loader = torch.utils.data.DataLoader(PerImage(x, transform), batch, shuffle=True, num_workers=2, drop_last=True)
+        plain = simclr.load_pair(c)[0].to(memory_format=torch.contiguous_format).train()
+        optimizer, began, done = simclr.make_optimizer(plain, c), None, 0
+        for x1, x2 in loader:
+            loss, _ = simclr.nt_xent(*plain(torch.cat((x1, x2))).chunk(2), c.temperature)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if began is None:  # workers start and the first batch warms up
+                began = time.perf_counter()
+            else:
+                done += batch
+        theirs = done / (time.perf_counter() - began)
+        print(f"PIL, two workers, fp32 eager: {theirs:.1f} pairs/s; simclr.py does {rate['simclr.py'] / theirs:.2f} "
+              "times as many")
+
+    def timed(self, name, minutes, *flags):
+        """A run of about so many minutes of training: as many steps as eight of its own say."""
+        simclr = importlib.import_module("simclr")
+        c = simclr.parse_flags(simclr.Config, "", [*map(str, flags)])
+        device, _, autocast = simclr.pick_device(c.device, c.dtype, "avx512_bf16")
+        model = simclr.load_pair(c)[0].to(device, memory_format=torch.channels_last)
+        x, optimizer = simclr.make_shapes(2000, 0)[0].to(device), simclr.make_optimizer(model, c)
+        for step in range(11):
+            if step == 3:
+                began = time.perf_counter()
+            value = simclr.contrastive_step(model, model, optimizer, autocast, x, c, step, 10**6, 0, 1)
+            value["loss"].item()
+        steps = round(60 * minutes / ((time.perf_counter() - began) / 8))
+        last = self.train(name, *flags, "--steps", steps, "--eval_every", math.ceil(steps / 6), "--log_every", 50)
+        print(name, {key: last[key] for key in last if "knn" in key or "linear" in key or key == "seconds"}, flush=True)
+
+    def hours(self, *flags):
+        """Half an hour per objective."""
+        for loss in ("simclr", "moco", "vicreg"):
+            self.timed(loss, 30, "--loss", loss, "--batch_size", 128, "--data", "cifar10", *flags)
+
+    def temperatures(self, *flags):
+        for t in (0.1, 0.5, 1):
+            self.timed(f"temperature_{t}", 10, "--temperature", t, "--batch_size", 128, "--data", "cifar10", *flags)
+
+    def batches(self, *flags):
+        """The same chunk in memory; the rate goes with the root of the batch."""
+        for batch in (64, 256, 1024):
+            chunk = ["--chunk", 64] if batch > 64 else []
+            self.timed(f"batch_{batch}", 10, "--batch_size", batch, "--lr", 2e-3 * (batch / 64) ** 0.5, *chunk,
+                       "--data", "cifar10", *flags)
+
+    def gpu(self, *flags):
+        """ResNet-18, 100 epochs, three seeds, for each objective: for a GPU."""
+        for loss, seed in itertools.product(("simclr", "moco", "vicreg"), range(3)):
+            t = 0.5 if loss == "simclr" else 0.1
+            last = self.train(f"gpu_{loss}_seed{seed}", "--data", "cifar10", "--loss", loss, "--width", 64,
+                              "--batch_size", 512, "--optimizer", "sgd", "--temperature", t, "--warmup", 500,
+                              "--epochs", 100, "--seed", seed, *flags)
+            print(loss, seed, {key: last[key] for key in ("test_knn", "test_linear", "seconds")}, flush=True)
 
 
 class BenchPuzzles:

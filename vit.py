@@ -9,17 +9,19 @@ On large data that is an advantage; on small data it needs help: strong augmenta
 convolutions, another network's pre-training (--init) or another network's answers (--teacher).
 
     python vit.py                                       # offline, ten kinds of shapes that the script draws
-    python vit.py --data cifar10 --arch small6 --epochs 100 --batch_size 256 --lr 2e-3     # downloads 170 MB
+    python vit.py --data cifar10 --arch small6 --patch_size 4 --trivial --cutmix 1 --epochs 100     # downloads 170 MB
     python vit.py --data cifar10 --init deit_tiny_patch16_224 --image_size 224 --lr 5e-4 --layer_decay 0.75 --epochs 3
     python vit.py --data cifar10 --init out/mae/ckpt.pt --lr 1e-3 --layer_decay 0.75       # or ijepa's, simclr's
-    python vit.py --data cifar10 --teacher logits.npy   # what resnet.py --save_logits wrote
+    python vit.py --data cifar10 --patch_size 4 --teacher logits.npy   # what resnet.py --save_logits wrote
     python vit.py --show_augment                        # augment.png: what the network gets to see
-    torchrun --nproc_per_node=8 vit.py --data cifar10 --arch small6 --epochs 300 --compile
+    torchrun --nproc_per_node=8 vit.py --data cifar10 --arch small6 --patch_size 4 --epochs 300 --compile
 
 and in Python: model = ViT.from_pretrained("vit_b_16").eval(), model(normalise(images, model.stats)).
 
 What to expect (torch 2.13.0, seed 0, n = 1; logs in assets/logs/vit/):
-TODO
+- python vit.py: see README.md
+- Not yet measured: accuracy against compute on CIFAR-10 (python tests.py BenchViT.recipe, .plain, .ablation), a
+  convolutional network beside it, anything on a GPU
 
 Differs from [1]: cosine decay, decay .05 on weights alone, no dropout; stochastic depth, label smoothing, mixup, cutmix
 and random erasing as in [2], TrivialAugment [3] where [2] has RandAugment. Each change from TrivialAugment, mixup and
@@ -33,7 +35,6 @@ images are (B, 3, height, width), uint8 until normalised.
 [5] Yun et al. 2019, CutMix, arXiv 1905.04899v2                  [6] Zhong et al. 2017, Random erasing, 1708.04896v2
 [7] Xiao et al. 2021, Early convolutions, arXiv 2106.14881v3     [8] Abnar and Zuidema 2020, Rollout, 2005.00928v2
 [9] Hinton et al. 2015, Distilling, arXiv 1503.02531v1           [10] Bao et al. 2021, BEiT, arXiv 2106.08254v2
-[11] Vaswani et al. 2017, Attention, arXiv 1706.03762v7          [12] He et al. 2021, MAE, arXiv 2111.06377v3
 """
 
 import argparse, contextlib, copy, dataclasses, functools, gc, hashlib, inspect, itertools, json, math, os, re, signal
@@ -77,10 +78,10 @@ class Config:
     show_augment: bool = False  # write augment.png, a sheet of augmented images, and train nothing
     # model
     arch: str = "mini"  # mini (128 wide, 4 deep), cifar (192, 6), small6 (256, 6), cifar9 (192, 9), tiny to large [1]
-    patch_size: int = 4  # side of a patch in pixels
-    pool: str = "mean"  # what the head reads: cls, a token of its own [1], or the mean of all patches
-    pos: str = "learned"  # position embedding: learned [1], or sincos, two-dimensional and fixed
-    conv_stem: bool = False  # 3×3 convolutions with stride 2 in place of the patch projection [7]
+    patch_size: int | None = None  # side of a patch in pixels; None: 8 (photos of 32 pixels want 4), or --init's
+    pool: str | None = None  # what the head reads: cls, a token [1], or mean, of all patches; None: mean, or --init's
+    pos: str | None = None  # position embedding: learned [1], or sincos, 2-D and fixed; None: sincos, or --init's
+    conv_stem: bool | None = None  # 3×3 convolutions in place of the patch projection [7]; None: true, or --init's
     drop_path: float = 0.0  # probability that the last block's branches are left out, rising linearly with depth
     init: str | None = None  # start from deit_tiny_patch16_224 or another official name, a .pth, or a script's .pt
     freeze: bool = False  # train the last layer alone: a linear probe
@@ -91,16 +92,16 @@ class Config:
     temperature: float = 2.0  # both networks' logits are divided by it in the teacher's term [9]
     hard: bool = False  # learn the teacher's choice, as a label, instead [2]
     # optimiser
-    lr: float = 1e-3  # peak learning rate of AdamW
+    lr: float = 2e-3  # peak learning rate of AdamW
     layer_decay: float = 1.0  # each layer's rate is that of the layer above times this; try 0.75 with --init [10]
     weight_decay: float = 0.05  # on weights alone, not on biases, norms, positions and tokens
     warmup: int = 100  # steps of linear warm-up
     clip: float = 1.0  # largest norm of the gradient, as in [1] Table 3; 0: none
     ema: float = 0.0  # decay of an average of the weights that is evaluated instead; 0: none
-    batch_size: int = 128  # images per micro-batch
+    batch_size: int = 64  # images per micro-batch
     grad_accum: int = 1  # micro-batches per step and process
     # run
-    epochs: float = 5  # passes over the training images
+    epochs: float = 12  # passes over the training images
     steps: int | None = None  # updates of the parameters, instead of epochs
     stop_at: int | None = None  # end at this step, the schedule unchanged
     eval_every: int | None = None  # steps between evaluations, each followed by a checkpoint; None: an epoch
@@ -122,13 +123,14 @@ class Config:
             most = {"crop": 31, "image_size": 1024}.get(name, sys.maxsize)
             most = 1 if name in ("labels", "erase", "label_smoothing", "distill", "layer_decay") else most
             most = 1 - 1e-9 if name in ("drop_path", "ema") else most
-            if value == "" or name in known and value not in known[name]:
+            if value == "" or name in known and value not in (*known[name], getattr(Config, name)):
                 raise UserError(f"--{name} {value!r}: want {' or '.join(known.get(name, ['some text']))}")
             if type(value) in (int, float) and not (0 < value <= most or value == 0 and name in may_be_0):
                 raise UserError(f"--{name} {value}: want {'0' if name in may_be_0 else 'above 0'} to {most}")
         if self.data not in ("shapes", "cifar10") and not (Path(self.data) / "cifar-10-batches-bin").is_dir():
             raise UserError(f"--data {self.data}: want shapes, cifar10, or a folder that holds cifar-10-batches-bin/")
-        size = self.image_size or 32
+        size, patch = self.image_size or 32, self.patch_size or FRESH["patch_size"]
+        stem = not self.init and (FRESH["conv_stem"] if self.conv_stem is None else self.conv_stem)
         clashes = {
             "--resume goes on from --out and --init starts anew: give one of them": self.resume and self.init,
             f"--init {self.init}: no such file, nor one of {', '.join(OFFICIAL)}":
@@ -136,11 +138,10 @@ class Config:
             f"--teacher {self.teacher}: no such file": self.teacher and not Path(self.teacher).is_file(),
             "--hard has no teacher: give --teacher": self.hard and not self.teacher,
             f"--image_size {self.image_size}: want 0 or 16 to 1024": 0 < self.image_size < 16,
-            f"--patch_size {self.patch_size} does not divide images of {size} pixels":
-                not self.init and size % self.patch_size,
-            f"--conv_stem halves with each convolution: --patch_size {self.patch_size} is none of 2, 4, 8, 16, 32":
-                self.conv_stem and self.patch_size not in (2, 4, 8, 16, 32),
-            "--batch_size 1: the conv stem's batch norm needs two images": self.conv_stem and self.batch_size == 1}
+            f"--patch_size {patch} does not divide images of {size} pixels": not self.init and size % patch,
+            f"--conv_stem halves with each convolution: --patch_size {patch} is none of 2, 4, 8, 16, 32":
+                stem and patch not in (2, 4, 8, 16, 32),
+            "--batch_size 1: the conv stem's batch norm needs two images": stem and self.batch_size == 1}
         for message, clash in clashes.items():
             if clash:
                 raise UserError(message)
@@ -150,8 +151,8 @@ class Config:
 
 def sincos_2d(dim, grid):
     """Fixed positions (grid², dim) of a square of patches, row by row: the first half of a row encodes the patch's
-    column x, the second its row y, each half the sines and then the cosines of x / 10000^(2i / (dim / 2)) ([11] §3.5,
-    laid out as in [12]'s code). Raises ValueError unless dim is a multiple of 4."""
+    column x, the second its row y, each half the sines and then the cosines of x / 10000^(2i / (dim / 2)), as MAE's
+    code lays out arXiv 1706.03762v7 §3.5. Raises ValueError unless dim is a multiple of 4."""
     if dim % 4:
         raise UserError(f"positions of {dim} numbers: want a multiple of 4")
     omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))  # (dim / 4,)
@@ -172,7 +173,7 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention: each token reads all others, weighted by softmax(q kᵀ / √D) ([11] eq. 1)."""
+    """Multi-head self-attention: each token reads all others, weighted by softmax(q kᵀ / √D): 1706.03762v7 eq. 1."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -222,7 +223,7 @@ class DropPath(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)): [1] eq. 2 and 3."""
+    """x + attention(norm(x)), then x + mlp(norm(x)): arXiv 2010.11929v2 eq. 2 and 3."""
 
     def __init__(self, dim, heads, mlp_ratio=4.0, drop_path=0.0):
         super().__init__()
@@ -236,7 +237,7 @@ class Block(nn.Module):
 
 
 def init_transformer(module):
-    """Weights as in [1]'s code: Xavier for linear layers, q, k and v each on its own; LeCun for a patch projection.
+    """Weights as in ViT's code: Xavier for linear layers, q, k and v each on its own; LeCun for a patch projection.
 
     For nn.Module.apply. Biases 0; norms stay at 1 and 0.
     """
@@ -355,6 +356,8 @@ class ViT(nn.Module):
                 pos=made_with.get("pos", "learned"), mlp_ratio=w["blocks.0.mlp.fc1.weight"].size(0) / dim,
                 num_classes=len(w["head.weight"]) if "head.weight" in w else 10)
             model = cls(**{**settings, **changes})
+            if model.pool == "cls" and not first:
+                raise UserError(f"{path} has no class token, which --pool cls needs")
             if model.pool == "mean" and first:
                 w = {**{k: v for k, v in w.items() if k != "cls_token"}, "pos_embed": w["pos_embed"][:, 1:]}
             w["pos_embed"] = resize_positions(w["pos_embed"], model.grid, int(model.pool == "cls"))
@@ -365,7 +368,7 @@ class ViT(nn.Module):
 
 
 def resize_positions(table, grid, first):
-    """Positions (1, first + n², C) for grid × grid patches, by bicubic interpolation; the first ones stay ([1] §3.2)."""
+    """Positions (1, first + n², C) for grid × grid patches, bicubically; the first ones stay ([1] §3.2)."""
     old = math.isqrt(table.size(1) - first)
     if old == grid:
         return table
@@ -385,6 +388,7 @@ def timm_names(weights):
     return weights
 
 
+FRESH = dict(patch_size=8, pool="mean", pos="sincos", conv_stem=True)  # what a new network has, unless flags say else
 # width, depth, heads
 SIZES = dict(mini=(128, 4, 4), cifar=(192, 6, 3), cifar9=(192, 9, 3), small6=(256, 6, 4), tiny=(192, 12, 3),
              small=(384, 12, 6), base=(768, 12, 12), large=(1024, 24, 16))
@@ -669,6 +673,7 @@ SHAPES = dict(
     checkerboard=lambda u, v, r, box: torch.maximum(box, (u * 6.5).sin() * (v * 6.5).sin() * 0.15),
     crescent=lambda u, v, r, box: torch.maximum(r - 0.9, 0.75 - ((u - 0.45) ** 2 + v**2).sqrt()))
 
+
 def fetch_cifar10(root):
     """Download the official binary archive and unpack it to root/cifar-10-batches-bin, unless that is there."""
     target = Path(root) / "cifar-10-batches-bin"
@@ -948,19 +953,21 @@ def load_vit(c, classes):
         source = f"{c.out}/ckpt.pt"
     if not source:
         dim, depth, heads = SIZES[c.arch]
+        for name, value in FRESH.items():
+            setattr(c, name, value if getattr(c, name) is None else getattr(c, name))
         return ViT(c.image_size or 32, c.patch_size, dim, depth, heads, classes, pool=c.pool, pos=c.pos,
                    conv_stem=c.conv_stem, **switches)
-    size = dict(image_size=c.image_size) if c.image_size and c.init else {}
-    model = ViT.from_pretrained(source, data_dir=c.data_dir, num_classes=classes, **size, **switches)
+    changes = {name: getattr(c, name) for name in ("image_size", "pool") if getattr(c, name) and c.init}
+    model = ViT.from_pretrained(source, data_dir=c.data_dir, num_classes=classes, **changes, **switches)
     if c.init:  # the old head's classes are others
         nn.init.zeros_(model.head.weight)
         nn.init.zeros_(model.head.bias)
     has = tuple(model.settings[name] for name in ("dim", "depth", "heads"))
     if c.arch != Config.arch and SIZES[c.arch] != has:
         raise UserError(f"--arch {c.arch} is {SIZES[c.arch]}, but {source} has width, depth and heads {has}")
-    for name in ("patch_size", "pool", "pos", "conv_stem", "image_size"):  # c then says what the model is
-        value, default, has = getattr(c, name), getattr(Config, name), model.settings[name]
-        if value not in (default, has):
+    for name in (*FRESH, "image_size"):  # c then says what the model is
+        value, has = getattr(c, name), model.settings[name]
+        if value not in (None, has) and (value or name != "image_size"):
             raise UserError(f"--{name} {value}, but {source} has {has}")
         setattr(c, name, has)
     c.image_size = 0 if c.image_size == 32 else c.image_size  # images are as they are
@@ -1087,8 +1094,8 @@ def train(c, interrupts=()):
             clock = time.perf_counter()
         if run.step >= end or stop:
             break
-        pending.append(vit_step(model, raw, ema, optimizer, autocast, train_split, teacher, c, run.step, steps, rank,
-                                  world))
+        more = c, run.step, steps, rank, world
+        pending.append(vit_step(model, raw, ema, optimizer, autocast, train_split, teacher, *more))
         run.step += 1
     if world > 1:  # a gloo group that ends while DDP still holds it may abort
         del model

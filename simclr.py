@@ -1,0 +1,1439 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch", "numpy", "requests"]
+# ///
+"""SimCLR, MoCo and VICReg: learn what images show from one demand: two distorted views of an image should look alike.
+
+An encoder that gives every image the same vector meets it too, so something must keep vectors apart, and in that
+alone the three differ. SimCLR [1] pushes each view away from all others of its batch, which has to be large;
+MoCo [2] [3] from a queue of older vectors, so that a small batch will do; VICReg [4] compares no two
+images: it asks each dimension to vary over the batch, and any two not to vary together.
+
+    python simclr.py                                    # offline, ten kinds of shapes that the script draws
+    python simclr.py --loss moco                        # or vicreg; --data cifar10 downloads 170 MB
+    python simclr.py --data cifar10 --width 64 --batch_size 512 --optimizer sgd --temperature 0.5 --epochs 100
+    python simclr.py --data cifar10 --batch_size 1024 --chunk 256   # a large batch in a small one's memory
+    python simclr.py --encoder vit                      # then: python vit.py --init out/simclr/ckpt.pt
+    python simclr.py --show_augment                     # augment.png: pairs of views
+    torchrun --nproc_per_node=8 simclr.py --data cifar10 --width 64 --optimizer lars --epochs 100 --compile
+
+What to expect (torch 2.13.0, seed 0, n = 1; logs in assets/logs/simclr/):
+- python simclr.py: see README.md
+- Not yet measured: a step of ResNet-18, batch 256, augmentation included, against per-image PIL transforms in a
+  DataLoader with two workers and fp32 eager (python tests.py BenchSimCLR.speed); CIFAR-10, half an hour per objective
+  (BenchSimCLR.hours --data cifar10); temperatures .1, .5, 1, and batches of 64, 256, 1024 (.temperatures, .batches)
+- On a GPU: not yet measured
+
+Differs from the papers: all three see the same views, with [1]'s colours for CIFAR-10 and no blur (VICReg's
+own differ between the two views and invert bright pixels); encoders are small; what is left of an epoch after its
+last whole batch is dropped. --batch_size is per process: N processes do what one does with the joined batch, but
+that MoCo's running statistics are the first one's, and that with --chunk batch norm sees a chunk of each at a time.
+
+Shapes: B batch of a process, N views or images in a loss, C channels or features, K keys in the queue; images are
+(B, 3, height, width), uint8 until augmented.
+
+[1] Chen et al. 2020, SimCLR, arXiv 2002.05709v3        [2] He et al. 2019, MoCo, arXiv 1911.05722v3
+[3] Chen et al. 2020, MoCo v2, arXiv 2003.04297v1       [4] Bardes et al. 2021, VICReg, arXiv 2105.04906v3
+[5] You et al. 2017, LARS, arXiv 1708.03888v3           [6] Gao et al. 2021, Gradient cache, arXiv 2101.06983v2
+[7] Wang and Isola 2020, arXiv 2005.10242v10            [8] He et al. 2015, Residual learning, 1512.03385v1
+"""
+
+import argparse, contextlib, copy, dataclasses, functools, gc, hashlib, inspect, json, math, os, re, signal, struct
+import sys, tarfile, time, typing, zlib
+from pathlib import Path
+
+import numpy as np
+import requests
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+class UserError(ValueError):
+    """Bad input (status 2) or a failed run (status 1): main prints the message on one line and returns the status."""
+
+    def __init__(self, message, status=2):
+        super().__init__(message)
+        self.status = status
+
+
+# ---- config --------------------------------------------------------------------------------------------------------
+
+@dataclasses.dataclass
+class Config:
+    # data
+    data: str = "shapes"  # shapes (drawn by this script), cifar10, or a folder that holds cifar-10-batches-bin/
+    data_dir: str = "data"  # where downloads land
+    labels: float = 1.0  # fraction of the training images that is used at all, the same of each class
+    full_train: bool = False  # learn from the validation images too, without their labels; probes stay as they are
+    # augmentation: each view draws its own
+    augment: str = "full"  # full, or crop_flip: colours stay, and tell which views are of one image
+    crop_min: float | None = None  # least share of the area that a view shows; None: 0.2, 0.4 for shapes
+    jitter: float | None = None  # s: ±80% s brightness, contrast, saturation, ±72° s hue; None: 0.5, 1 for shapes
+    grey: float | None = None  # probability that a view loses its colours; None: 0.2, 0.8 for shapes
+    blur: float = 0.0  # probability that it is blurred; [1] §A has 0.5, its §B.9 none for CIFAR-10
+    show_augment: bool = False  # write augment.png, a sheet of pairs of views, and train nothing
+    # model
+    encoder: str = "resnet18"  # resnet18 with CIFAR's stem, or vit, in patches of 4 × 4 pixels
+    width: int | None = None  # channels of the first of four stages (None: 16; [8] has 64); of a vit (None: 192)
+    depth: int = 6  # blocks of a vit
+    head_dim: int | None = None  # numbers that the loss sees; None: 128, or 512 for vicreg, whose authors have 8192
+    init: str | None = None  # start from the encoder in a checkpoint of this script, vit.py, mae.py or ijepa.py
+    # objective
+    loss: str = "simclr"  # simclr, moco or vicreg
+    temperature: float = 0.2  # cosines are divided by it; [3] has 0.2, [1] §B.9 for CIFAR-10 0.5
+    chunk: int = 0  # images per pass in which a batch's gradient is computed (simclr, vicreg); 0: all at once
+    queue: int = 4096  # keys that moco keeps, a multiple of a step's images; [2] has 65536 for ImageNet
+    momentum: float = 0.99  # of moco's key encoder; [2] has 0.999 for ImageNet
+    bn_splits: int = 8  # parts of moco's batch that batch norm standardises each on its own, as so many GPUs would
+    invariance: float = 25.0  # weights of vicreg's three terms [4] §4.2
+    variance: float = 25.0  # 0 lets it collapse
+    covariance: float = 1.0  # 0 lets dimensions say the same
+    # optimiser
+    optimizer: str = "adamw"  # adamw, which is quick; sgd with momentum 0.9; lars, for large batches
+    lr: float | None = None  # peak learning rate; None: .002 (adamw), .06 (sgd) or .3 (lars) × images of a step / 256
+    weight_decay: float | None = None  # on weights alone; None: .05 (adamw), 5e-4 (sgd), 1e-6 (lars)
+    warmup: int = 50  # steps of linear warm-up
+    batch_size: int = 64  # images, of two views each, per process
+    # evaluation
+    probe_images: int = 4000  # training images that kNN and the probe are fitted on during the run; at its end, all
+    # run
+    epochs: float = 5  # passes over the training images
+    steps: int | None = None  # updates of the parameters, instead of epochs
+    stop_at: int | None = None  # end at this step, the schedule unchanged
+    eval_every: int | None = None  # steps between evaluations, each followed by a checkpoint; None: four in a run
+    log_every: int = 10  # steps between log lines
+    seed: int = 0  # of initial weights, batches and views
+    out: str = "out/simclr"  # the run's folder
+    resume: bool = False  # go on from out/ckpt.pt, with that run's flags where none are given
+    device: str = "auto"  # auto (cuda, then mps, then cpu), or a torch device
+    dtype: str = "auto"  # float32 or bfloat16; auto: bfloat16 where the hardware multiplies matrices in it
+    compile: bool = False  # torch.compile: a wait at first (it needs a C++ compiler on a CPU), then faster steps
+
+    def __post_init__(self):
+        batch = self.batch_size * int(os.environ.get("WORLD_SIZE", 1))  # images of a step
+        known = dict(augment=("full", "crop_flip"), encoder=("resnet18", "vit"), loss=("simclr", "moco", "vicreg"),
+                     optimizer=("adamw", "sgd", "lars"), dtype=("auto", "float32", "bfloat16"))
+        may_be_0 = ("jitter", "grey", "blur", "chunk", "momentum", "invariance", "variance", "covariance",
+                    "weight_decay", "warmup", "seed")
+        for name, value in vars(self).items():
+            most = {"jitter": 1.25, "momentum": 1}.get(name, sys.maxsize)
+            most = 1 if name in ("labels", "crop_min", "grey", "blur") else most
+            if value == "" or name in known and value not in known[name]:
+                raise UserError(f"--{name} {value!r}: want {' or '.join(known.get(name, ['some text']))}")
+            if type(value) in (int, float) and not (0 < value <= most or value == 0 and name in may_be_0):
+                raise UserError(f"--{name} {value}: want {'0' if name in may_be_0 else 'above 0'} to {most}")
+        if self.data not in ("shapes", "cifar10") and not (Path(self.data) / "cifar-10-batches-bin").is_dir():
+            raise UserError(f"--data {self.data}: want shapes, cifar10, or a folder that holds cifar-10-batches-bin/")
+        self.width = self.width or WIDTHS[self.encoder]
+        self.head_dim = self.head_dim or {"simclr": 128, "moco": 128, "vicreg": 512}[self.loss]
+        # a shape's colours tell it from other images and say nothing of its class: the more they vary, the less an
+        # encoder can get by on them ([1] Figure 6); [1] §A has .08, 1 and .2, §B.9 for CIFAR-10 s = .5
+        strength = (0.4, 1.0, 0.8) if self.data == "shapes" else (0.2, 0.5, 0.2)
+        for name, default in zip(("crop_min", "jitter", "grey"), strength):
+            setattr(self, name, default if getattr(self, name) is None else getattr(self, name))
+        rate, decay = {"adamw": (2e-3, 0.05), "sgd": (0.06 * batch / 256, 5e-4), "lars": (0.3 * batch / 256, 1e-6)}[
+            self.optimizer]  # sgd's and lars's in proportion to the batch ([1] §2.3)
+        self.lr = rate if self.lr is None else self.lr
+        self.weight_decay = decay if self.weight_decay is None else self.weight_decay
+        moco, world = self.loss == "moco", batch // self.batch_size
+        clashes = {
+            "--resume goes on from --out and --init starts anew: give one of them": self.resume and self.init,
+            f"--init {self.init}: no such file": self.init and not Path(self.init).is_file(),
+            f"--batch_size {self.batch_size}: an image alone has nothing to be unlike; want 2 or more":
+                self.batch_size < 2,
+            f"--width {self.width}: want a multiple of 8" + " and, from 64 on, of 64" * (self.encoder == "vit"):
+                self.width % 8 or self.encoder == "vit" and self.width > 64 and self.width % 64,
+            f"--chunk {self.chunk} is for simclr and vicreg: moco's loss needs no large batch": moco and self.chunk,
+            f"--chunk {self.chunk}: want 2 or more, and a divisor of --batch_size {self.batch_size}":
+                self.chunk and (self.chunk < 2 or self.batch_size % self.chunk),
+            f"--queue {self.queue} is no multiple of the {batch} images of a step": moco and self.queue % batch,
+            f"--bn_splits {self.bn_splits}: want 1, or a multiple of the {world} processes that cuts the {batch} "
+            "images of a step into equal parts, of 2 or more": moco and self.bn_splits > 1 and (
+                self.bn_splits % world or batch % self.bn_splits or batch < 2 * self.bn_splits)}
+        for message, clash in clashes.items():
+            if clash:
+                raise UserError(message)
+
+
+# ---- two views: on the device, in batches, each view its own -------------------------------------------------------
+
+def crop_boxes(rng, n, size, least):
+    """Boxes (4, n) in a square image, in whole pixels: top, left, height, width. The area is least to 1 of all, width
+    over height 3/4 to 4/3, log-uniform; of ten draws the first that fits, else the whole image: as in torchvision.
+    """
+    area, aspect = size**2 * rng.uniform(least, 1, (10, n)), (4 / 3) ** rng.uniform(-1, 1, (10, n))
+    height, width = (np.maximum(1, np.sqrt(v).round()) for v in (area / aspect, area * aspect))  # (10, n)
+    fits = (height <= size) & (width <= size)
+    first = fits.argmax(axis=0), np.arange(n)
+    height, width = (np.where(fits.any(axis=0), v[first], size) for v in (height, width))  # (n,)
+    top, left = (np.floor(rng.random(n) * (size + 1 - v)) for v in (height, width))
+    return np.stack((top, left, height, width)).astype(np.float32)
+
+
+def crop_resize(x, boxes, mirror):
+    """What boxes (4, n) hold of images x (n, C, S, S), resized to S × S, and mirrored where mirror (n,) is True."""
+    S = x.size(3)
+    at = (torch.arange(S, device=x.device) + 0.5) / S  # (S,): a pixel's centre, as a share of the box
+    top, left, height, width = boxes[:, :, None]  # (n, 1) each
+    rows = (top + at * height - 0.5).clamp(top, top + height - 1)  # (n, S): nothing from outside the box
+    columns = (left + at * width - 0.5).clamp(left, left + width - 1)
+    columns = torch.where(mirror[:, None], columns.flip(1), columns)
+    grid = torch.stack((columns[:, None, :].expand(-1, S, S), rows[:, :, None].expand(-1, S, S)), dim=3)
+    grid = (2 * grid + 1) / S - 1  # (n, S, S, 2); grid_sample counts from -1 to 1, from edge to edge
+    return F.grid_sample(x, grid, align_corners=False)
+
+
+def grey(x):
+    """(n, 3, H, W) -> (n, 1, H, W): luma of ITU-R BT.601."""
+    return (x * torch.tensor([0.299, 0.587, 0.114], device=x.device)[:, None, None]).sum(dim=1, keepdim=True)
+
+
+def rgb_to_hsv(x):
+    """(n, 3, H, W), 0 to 1: red, green, blue -> hue in turns from red over green to blue, saturation, value."""
+    r, g, b = x.unbind(1)
+    value = x.amax(dim=1)
+    chroma = value - x.amin(dim=1)
+    c = torch.where(chroma > 0, chroma, 1)  # of a grey pixel the hue is 0
+    hue = torch.where(value == r, (g - b) / c % 6, torch.where(value == g, (b - r) / c + 2, (r - g) / c + 4)) / 6
+    return torch.stack((hue, chroma / torch.where(value > 0, value, 1), value), dim=1)
+
+
+def hsv_to_rgb(x):
+    """The way back. A channel is value where the hue is within a sixth of a turn of the channel's own, falls over the
+    next sixth, and is (1 - saturation) · value beyond."""
+    hue, saturation, value = (v[:, None] for v in x.unbind(1))  # (n, 1, H, W) each
+    k = (6 * hue + torch.tensor([5, 3, 1], device=x.device)[:, None, None]) % 6  # (n, 3, H, W)
+    return value * (1 - saturation * torch.minimum(k, 4 - k).clamp(0, 1))
+
+
+def turn_hue(x, turns):
+    """Images x (n, 3, H, W) with hues turned by turns (n, 1, 1, 1): 1/3 makes red green."""
+    hue, saturation, value = rgb_to_hsv(x).unbind(1)
+    return hsv_to_rgb(torch.stack(((hue + turns[:, 0]) % 1, saturation, value), dim=1))
+
+
+JITTER = (  # functions of x (n, 3, H, W), 0 to 1, and f (n, 1, 1, 1): a factor, of which 1 changes nothing, or turns
+    lambda x, f: x * f,  # brightness
+    lambda x, f: grey(x).mean(dim=(2, 3), keepdim=True) * (1 - f) + x * f,  # contrast
+    lambda x, f: grey(x) * (1 - f) + x * f,  # saturation
+    turn_hue)
+
+
+def colour_jitter(x, factors, order):
+    """JITTER's four changes of images x (n, 3, H, W), 0 to 1, with factors (n, 4), one after the other in the order
+    (n, 4) of each image, a NumPy array that counts in JITTER; -1 changes nothing. In place; returns x."""
+    for place in order.T:
+        for kind in set(place.tolist()) - {-1}:
+            rows = torch.from_numpy(np.flatnonzero(place == kind)).to(x.device)
+            x[rows] = JITTER[kind](x[rows], factors[rows, kind, None, None, None]).clamp(0, 1)
+    return x
+
+
+def gaussian_blur(x, sigma):
+    """Images x (n, C, S, S) convolved with a Gaussian of sigma (n,) pixels, cut off at a tenth of the side in all
+    ([1] §A): 3 × 3 pixels of 32."""
+    n, C, S, _ = x.shape
+    reach = max(1, S // 20)
+    t = torch.arange(-reach, reach + 1, device=x.device)
+    kernel = (-(t**2) / (2 * sigma[:, None] ** 2).clamp(min=1e-6)).softmax(dim=1)  # (n, taps)
+    kernel = kernel.repeat_interleave(C, 0)
+    x = F.pad(x.reshape(1, n * C, S, S), [reach] * 4, mode="reflect")  # each image's channel a group of its own
+    x = F.conv2d(F.conv2d(x, kernel[:, None, :, None], groups=n * C), kernel[:, None, None, :], groups=n * C)
+    return x.view(n, C, S, S)
+
+
+def normalise(images, stats, size=0):
+    """uint8 (B, 3, H, W) to floats of about zero mean and unit variance, resized to size × size if that is not 0."""
+    mean, std = (torch.tensor(s, device=images.device)[:, None, None] for s in stats)
+    x = (images / 255 - mean) / std
+    return F.interpolate(x, (size, size), mode="bilinear") if size else x
+
+
+def batch_index(n, batch_size, seed, step, slot, slots):
+    """Which of n images make the slot-th of the slots micro-batches of a step: indices (batch_size,), and the epoch.
+    Each epoch has an order of its own; all depends on (seed, step, slot) alone."""
+    size = batch_size * slots
+    epoch, position = divmod(step, max(1, n // size))
+    order = np.random.default_rng((seed, 1, epoch)).permutation(n)
+    start = position * size + slot * batch_size
+    return np.take(order, range(start, start + batch_size), mode="wrap"), epoch  # n may be below size
+
+
+def views(c, images, step, batch, at):
+    """Views number at (n,) of the 2 · batch of a step, normalised: (n, 3, S, S). View i shows its image i % batch.
+
+    images (N, 3, S, S) are uint8. A view depends on (seed, step, i) alone: any process can make any of them.
+    """
+    n, rng = 2 * batch, np.random.default_rng((c.seed, 2, step))
+    boxes, mirror = crop_boxes(rng, n, images.size(3), c.crop_min)[:, at], rng.random(n)[at] < 0.5
+    most = c.jitter * np.array((0.8, 0.8, 0.8, 0.2))  # [1] §A; s = 0.5 for CIFAR-10, §B.9: .4, .4, .4, .1
+    factors = ((1, 1, 1, 0) + most * rng.uniform(-1, 1, (n, 4)))[at].astype(np.float32)
+    order = rng.permuted(np.tile(np.arange(4), (n, 1)), axis=1)[at]
+    jittered, greyed, blurred = (rng.random((3, n)) < [[0.8], [c.grey], [c.blur]])[:, at]
+    sigma = rng.uniform(0.1, 2, n)[at].astype(np.float32)
+    order[~jittered] = -1
+    index = batch_index(len(images), batch, c.seed, step, 0, 1)[0][at % batch]
+    index, boxes, mirror, factors, greyed, sigma = (torch.from_numpy(a).to(images.device)
+                                                    for a in (index, boxes, mirror, factors, greyed, sigma))
+    x = crop_resize(images[index] / 255, boxes, mirror)
+    if c.augment == "full":
+        x = colour_jitter(x, factors, order)
+        x = torch.where(greyed[:, None, None, None], grey(x), x)
+        rows = torch.from_numpy(np.flatnonzero(blurred)).to(x.device)
+        if len(rows):
+            x[rows] = gaussian_blur(x[rows], sigma[rows])
+    return normalise(255 * x, CIFAR10_STATS).contiguous(memory_format=torch.channels_last)
+
+
+# ---- objectives: what keeps vectors apart --------------------------------------------------------------------------
+
+class Gather(torch.autograd.Function):
+    """The rows of all processes, (N, C) -> (world · N, C), with a gradient: a row's is the sum of what each one's
+    loss asks of it, which DistributedDataParallel's mean over processes makes the joined loss's. With
+    torch.distributed.all_gather, which has none, a view would learn as a query, never as another's candidate."""
+
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(gradient)
+        return gradient.chunk(torch.distributed.get_world_size())[torch.distributed.get_rank()]
+
+
+def process():
+    """(rank, number of processes): (0, 1) unless a group was started."""
+    started = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if started else (0, 1)
+
+
+def gather(x):
+    """The rows of all processes, where there are several."""
+    return Gather.apply(x) if process()[1] > 1 else x
+
+
+def at_least_fp32(v):
+    """A half-precision tensor in fp32; anything else as it is."""
+    return v.float() if isinstance(v, torch.Tensor) and v.dtype in (torch.bfloat16, torch.float16) else v
+
+
+def in_fp32(loss):
+    """A loss that computes in at least fp32, whatever it is given and autocast says: bfloat16 has three digits, and
+    exp(cosine / temperature) makes much of the next."""
+    @functools.wraps(loss)
+    def wrapped(*args, **more):
+        args, more = [at_least_fp32(v) for v in args], {k: at_least_fp32(v) for k, v in more.items()}
+        device = next(v.device for v in (*args, *more.values()) if isinstance(v, torch.Tensor))
+        with torch.autocast(device.type, enabled=False):
+            return loss(*args, **more)
+    return wrapped
+
+
+@in_fp32
+def nt_xent(z1, z2, temperature):
+    """SimCLR's loss of views z1, z2 (N, C): find each view's other half among the 2N - 1 other views, by cosine.
+
+    [1] eq. 1 and Algorithm 1, the mean over both directions. In several processes all compare with the views of
+    all, and the mean of their losses is the loss of the joined batch. Returns the loss and how often it was found.
+    """
+    z, (rank, _) = F.normalize(torch.cat((z1, z2)), dim=1), process()
+    n = len(z)  # 2N
+    logits = z @ gather(z).T / temperature  # (2N, 2N · world)
+    own = rank * n + torch.arange(n, device=z.device)  # the column of each row's view itself, which is no candidate
+    logits = logits.scatter(1, own[:, None], -math.inf)
+    target = rank * n + (torch.arange(n, device=z.device) + n // 2) % n
+    return F.cross_entropy(logits, target), dict(accuracy=(logits.argmax(1) == target).float().mean())
+
+
+@in_fp32
+def moco_loss(q, k, queue, temperature):
+    """MoCo's: find each query's key, of q and k (N, C), among that and the queue's keys (K, C). All have length 1.
+
+    [2] eq. 1; its temperature is 0.07, [3]'s 0.2. No gradient reaches the keys. Returns as nt_xent does.
+    """
+    positive = (q * k.detach()).sum(dim=1, keepdim=True)  # (N, 1)
+    logits = torch.cat((positive, q @ queue.detach().T), dim=1) / temperature  # (N, 1 + K)
+    target = torch.zeros(len(q), dtype=torch.long, device=q.device)
+    return F.cross_entropy(logits, target), dict(accuracy=(logits.argmax(1) == target).float().mean())
+
+
+@in_fp32
+def vicreg_loss(z1, z2, invariance=25.0, variance=25.0, covariance=1.0):
+    """VICReg's: the squared distance of z1 and z2 (N, D), a hinge at a standard deviation of 1 in each dimension, and
+    the squared covariances of any two dimensions. No two images are compared. Returns the loss and its three terms.
+
+    As the authors' code, github.com/facebookresearch/vicreg: the distance is the mean over all elements, where
+    [4] eq. 5 sums over D; the hinge is the views' mean, where eq. 6 sums the two. Their weights are for this.
+    """
+    distance, hinge, off_diagonal = F.mse_loss(z1, z2), 0, 0
+    for z in (gather(z1), gather(z2)):  # statistics of the joined batch
+        N, D = z.shape
+        z = z - z.mean(dim=0)
+        # 1e-4 inside the root: where a dimension has collapsed, the root's slope would be infinite ([4] eq. 2)
+        hinge = hinge + F.relu(1 - (z.var(dim=0) + 1e-4).sqrt()).mean() / 2  # eq. 1
+        C = z.T @ z / (N - 1)  # (D, D), eq. 3
+        off_diagonal = off_diagonal + (C - C.diagonal().diag()).square().sum() / D  # eq. 4
+    loss = invariance * distance + variance * hinge + covariance * off_diagonal
+    return loss, dict(invariance=distance.detach(), variance=hinge.detach(), covariance=off_diagonal.detach())
+
+
+# ---- batch norm: whose statistics? ---------------------------------------------------------------------------------
+
+class BatchNorm(nn.BatchNorm2d):
+    """Batch norm of (B, C) and (B, C, H, W): in SimCLR and VICReg with statistics of all processes' images, as one
+    with the joined batch has ([1] §2.2), in MoCo with those of each of splits parts of the batch.
+
+    Statistics are a way to cheat: what they do to a view tells of the images around it. If a key's neighbours are its
+    query's, the two can be matched by that, and the loss falls while features get worse ([2] §3.3). SimCLR's
+    candidates all share one set of statistics, but a queue's keys come from other batches. So MoCo's query and key
+    must be standardised among different images: keys are shuffled, and the parts stand for [2]'s GPUs.
+
+    Running statistics, for evaluation, move only where a gradient will follow: --chunk's first pass leaves no trace.
+    """
+
+    splits = 1  # 0: all processes' images together
+
+    def forward(self, x):
+        if not self.training:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        running = (self.running_mean, self.running_var) if torch.is_grad_enabled() else (None, None)
+        if self.splits or process()[1] == 1:
+            parts = [F.batch_norm(part, *running, self.weight, self.bias, True, self.momentum, self.eps)
+                     for part in (x.chunk(self.splits) if self.splits > 1 else [x])]
+            return torch.cat(parts) if len(parts) > 1 else parts[0]
+        dims, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
+        y = at_least_fp32(x)
+        mean = gather(y.mean(dims)[None]).mean(0)  # (C,)
+        centred = y - mean.view(shape)
+        var = gather(centred.square().mean(dims)[None]).mean(0)
+        if running[0] is not None:
+            n = x.numel() // x.size(1) * process()[1]
+            self.running_mean.lerp_(mean.detach(), self.momentum)
+            self.running_var.lerp_(var.detach() * n / (n - 1), self.momentum)
+        return (centred * ((var + self.eps).rsqrt() * self.weight).view(shape) + self.bias.view(shape)).type_as(x)
+
+
+# ---- encoders ------------------------------------------------------------------------------------------------------
+
+def conv(C_in, C_out, size, stride=1, groups=1):
+    """A convolution that keeps height and width (divided by stride). No bias: the norm behind it has one."""
+    return nn.Conv2d(C_in, C_out, size, stride, padding=size // 2, groups=groups, bias=False)
+
+
+class ShortcutBlock(nn.Module):
+    """relu(x + F(x)), F two 3×3 convolutions with batch norm ([8] Figure 5 left)."""
+
+    def __init__(self, C_in, C, stride):
+        super().__init__()
+        self.conv1, self.bn1 = conv(C_in, C, 3, stride), BatchNorm(C)
+        self.conv2, self.bn2 = conv(C, C, 3), BatchNorm(C)
+        self.downsample = nn.Sequential(conv(C_in, C, 1, stride), BatchNorm(C)) if C_in != C else nn.Identity()
+
+    def forward(self, x):
+        y = F.relu(self.bn1(self.conv1(x)))  # (B, C, H / stride, W / stride)
+        return F.relu(self.downsample(x) + self.bn2(self.conv2(y)))
+
+
+class ConvEncoder(nn.Module):
+    """ResNet-18 without its last layer, in torchvision's names: (B, 3, H, W) -> (B, 8 · width).
+
+    CIFAR's stem is one 3×3 convolution ([1] §B.9): ImageNet's 7×7 with stride 2 and a max-pool would leave 8 × 8
+    pixels of 32 × 32 before the first block.
+    """
+
+    def __init__(self, width=64):
+        super().__init__()
+        self.settings, self.dim = dict(width=width), 8 * width
+        self.conv1, self.bn1, C = conv(3, width, 3), BatchNorm(width), width
+        for i in range(4):
+            blocks = [ShortcutBlock(C, width << i, 1 if i == 0 else 2), ShortcutBlock(width << i, width << i, 1)]
+            setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
+            C = width << i
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):  # keeps the gradient's variance through a ReLU (arXiv 1502.01852v1)
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))  # (B, width, H, W)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (B, 8 · width, H / 8, W / 8)
+        return x.mean(dim=(2, 3))
+
+
+def sincos_2d(dim, grid):
+    """Fixed positions (grid², dim) of a square of patches, row by row: the first half of a row encodes the patch's
+    column x, the second its row y, each half the sines and then the cosines of x / 10000^(2i / (dim / 2)), as MAE's
+    code lays out arXiv 1706.03762v7 §3.5. Raises ValueError unless dim is a multiple of 4."""
+    if dim % 4:
+        raise UserError(f"positions of {dim} numbers: want a multiple of 4")
+    omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))  # (dim / 4,)
+    y, x = torch.meshgrid(torch.arange(grid).double(), torch.arange(grid).double(), indexing="ij")
+    angles = [p.reshape(-1, 1) * omega for p in (x, y)]  # each (grid², dim / 4)
+    return torch.cat([part for a in angles for part in (a.sin(), a.cos())], dim=1).float()
+
+
+class PatchEmbed(nn.Module):
+    """Cut images (B, 3, height, width) into P × P patches and project each, which is one convolution: (B, N, C)."""
+
+    def __init__(self, patch_size, dim):
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, patch_size, stride=patch_size)
+
+    def forward(self, x):
+        return self.proj(x).flatten(2).transpose(1, 2)  # (B, C, rows, columns) -> (B, N, C), row by row
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention: each token reads all others, weighted by softmax(q kᵀ / √D): 1706.03762v7 eq. 1."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x, key_mask=None):
+        """(B, N, C) -> (B, N, C). key_mask (B, N), bool: True for tokens that may be read; padding is False."""
+        B, N, C = x.shape
+        q, k, v = self.qkv(x).view(B, N, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # (B, H, N, D) each
+        mask = None if key_mask is None else key_mask[:, None, None, :]  # (B, 1, 1, N)
+        if x.device.type == "cpu":  # short sequences in bfloat16: several times as fast as torch's kernel
+            scores = q @ k.mT / q.size(-1) ** 0.5  # (B, H, N, N)
+            scores = scores if mask is None else scores.masked_fill(~mask, -math.inf)
+            y = scores.softmax(dim=-1) @ v  # (B, H, N, D)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # the same in one kernel
+        return self.proj(y.transpose(1, 2).reshape(B, N, C))
+
+
+class FeedForward(nn.Module):
+    """Two layers on each token alone: C -> hidden -> C, with the exact GELU."""
+
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: leave out the branch x (B, ...) of some images, scale the others' up to make up for it.
+
+    Differs from arXiv 1603.09382v3: a coin per image, not per mini-batch; its eq. 5 scales by 1 - p in tests instead.
+    """
+
+    def __init__(self, p):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x):
+        if not self.training or self.p == 0:
+            return x
+        keep = torch.rand([len(x)] + [1] * (x.dim() - 1), device=x.device) >= self.p  # (B, 1, ...)
+        return x * keep / (1 - self.p)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)): arXiv 2010.11929v2 eq. 2 and 3."""
+
+    def __init__(self, dim, heads, mlp_ratio=4.0, drop_path=0.0):
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, heads)
+        self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), FeedForward(dim, int(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x, key_mask=None):
+        x = x + self.drop_path(self.attn(self.norm1(x), key_mask))  # (B, N, C)
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+def init_transformer(module):
+    """Weights as in ViT's code: Xavier for linear layers, q, k and v each on its own; LeCun for a patch projection.
+
+    For nn.Module.apply. Biases 0; norms stay at 1 and 0.
+    """
+    if isinstance(module, nn.Linear):
+        C_out, C_in = module.weight.shape
+        C_out = C_out // 3 if C_out == 3 * C_in else C_out  # three matrices in one
+        nn.init.uniform_(module.weight, -((6 / (C_in + C_out)) ** 0.5), (6 / (C_in + C_out)) ** 0.5)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Conv2d):
+        nn.init.trunc_normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class PatchEncoder(nn.Module):
+    """A vision transformer without its last layer, in timm's names: (B, 3, image_size, image_size) -> (B, dim), the
+    mean of the patches after the last norm, or with pool="cls" the class token's vector. Positions are fixed."""
+
+    def __init__(self, image_size, patch_size, dim, depth, heads, pool="mean"):
+        super().__init__()
+        self.settings = dict(image_size=image_size, patch_size=patch_size, dim=dim, depth=depth, heads=heads,
+                             pool=pool)
+        self.dim, self.first = dim, int(pool == "cls")
+        self.patch_embed = PatchEmbed(patch_size, dim)
+        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.apply(init_transformer)
+        if self.first:
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        table = F.pad(sincos_2d(dim, image_size // patch_size), (0, 0, self.first, 0))
+        self.pos_embed = nn.Parameter(table[None], requires_grad=False)  # (1, N, C)
+
+    def forward(self, x):
+        x = self.patch_embed(x)  # (B, N, C)
+        if self.first:
+            x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1)
+        x = x + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        x = self.norm(x)
+        return x[:, 0] if self.first else x.mean(dim=1)
+
+
+# ---- encoder, head, and moco's second pair of them -----------------------------------------------------------------
+
+def make_head(loss, C, dim):
+    """What makes the loss's vectors (N, dim) of the features (N, C), and is thrown away; each paper has its own."""
+    if loss == "moco":  # [3] §3
+        return nn.Sequential(nn.Linear(C, C), nn.ReLU(), nn.Linear(C, dim))
+    if loss == "simclr":  # [1] §2.1; its code adds the batch norms, the last without a shift
+        head = nn.Sequential(nn.Linear(C, C, bias=False), BatchNorm(C), nn.ReLU(), nn.Linear(C, dim, bias=False),
+                             BatchNorm(dim))
+        head[-1].bias.requires_grad_(False)
+        return head
+    layers = []  # VICReg's expander [4] §4.2
+    for width in (C, dim):
+        layers += [nn.Linear(width, dim), BatchNorm(dim), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(dim, dim, bias=False))
+
+
+class Contrastive(nn.Module):
+    """Images (B, 3, H, W) -> vectors for the loss (B, head_dim). The features are the encoder's, never the head's.
+
+    For moco also key_encoder and key_head, which follow slowly, and the queue (K, head_dim) of keys that they made.
+    """
+
+    def __init__(self, encoder, loss, head_dim, queue):
+        super().__init__()
+        self.settings = dict(encoder=encoder.settings, loss=loss, head_dim=head_dim, queue=queue)
+        self.encoder, self.head = encoder, make_head(loss, encoder.dim, head_dim)
+        if loss == "moco":
+            self.key_encoder, self.key_head = (copy.deepcopy(m).requires_grad_(False) for m in (encoder, self.head))
+            self.register_buffer("queue", F.normalize(torch.randn(queue, head_dim), dim=1))
+
+    def forward(self, x, passes=1):
+        """passes: parts of the batch that are encoded one after the other, each with statistics of its own."""
+        z = [self.head(self.encoder(part)) for part in x.chunk(passes)]
+        return torch.cat(z) if passes > 1 else z[0]
+
+    @torch.no_grad()
+    def keys(self, x):
+        """Keys (B, head_dim) of length 1; no gradient is ever recorded for them."""
+        return F.normalize(at_least_fp32(self.key_head(self.key_encoder(x))), dim=1)
+
+    @torch.no_grad()
+    def follow(self, momentum):
+        """The key network's weights move a little towards the others ([2] eq. 2)."""
+        for ours, other in ((self.key_encoder, self.encoder), (self.key_head, self.head)):
+            for k, q in zip(ours.parameters(), other.parameters()):
+                k.mul_(momentum).add_(q * (1 - momentum))
+
+    @torch.no_grad()
+    def enqueue(self, keys, step):
+        """Put a step's keys (B, head_dim) in place of the oldest: the queue is a ring, and B divides its length."""
+        start = step * len(keys) % len(self.queue)
+        self.queue[start:start + len(keys)] = keys
+
+
+WIDTHS = dict(resnet18=16, vit=192)  # unless --width says otherwise
+
+
+def make_encoder(settings):
+    """An encoder with fresh weights from its own settings, or from those of vit.py's, mae.py's or ijepa.py's."""
+    known = {k: v for k, v in settings.items() if k in inspect.signature(PatchEncoder).parameters}
+    return ConvEncoder(settings["width"]) if "width" in settings else PatchEncoder(**known)
+
+
+def load_encoder(c):
+    """The encoder that the flags ask for, or that of the checkpoint of --resume or --init; c then says what it is."""
+    path = f"{c.out}/ckpt.pt" if c.resume else c.init
+    if not path:
+        return make_encoder(dict(width=c.width) if c.encoder == "resnet18" else dict(
+            image_size=32, patch_size=4, dim=c.width, depth=c.depth, heads=max(1, c.width // 64)))
+    saved = load_checkpoint(path)
+    if "encoder" not in saved:
+        raise UserError(f"{path} holds no encoder: want a checkpoint of this script, vit.py, mae.py or ijepa.py")
+    with one_line(f"{path} holds an encoder that this script can't go on with"):
+        encoder = make_encoder(saved["encoder_config"])
+        encoder.load_state_dict(saved["encoder"])
+    kind, has = "resnet18" if isinstance(encoder, ConvEncoder) else "vit", encoder.settings
+    if has.get("image_size", 32) != 32:
+        raise UserError(f"{path} is for images of {has['image_size']} pixels, want 32")
+    for name, default, value in (("encoder", None, kind), ("width", WIDTHS[kind], has.get("width", encoder.dim)),
+                                 ("depth", Config.depth, has.get("depth", c.depth))):
+        if getattr(c, name) != value and (c.resume or getattr(c, name) != default):
+            raise UserError(f"--{name} {getattr(c, name)}, but {path} has {value}")
+        setattr(c, name, value)
+    return encoder
+
+
+# ---- optimisers, and a step ----------------------------------------------------------------------------------------
+
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum whose gradient is as long, in proportion to the weights, in every layer: large batches want
+    high rates, too high for layers with small weights and large gradients ([5] §4, as [1]'s code has it).
+
+    Each tensor's gradient, with decay, is scaled by trust · |weights| / |gradient|; that of 1-D tensors is not.
+    """
+
+    def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust=1e-3):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                g = p.grad.add(p, alpha=group["weight_decay"])
+                if p.dim() > 1:
+                    ratio = group["trust"] * p.norm() / g.norm()
+                    g = g * torch.where((ratio > 0) & ratio.isfinite(), ratio, 1.0)  # either norm may be 0
+                v = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                p.sub_(v.mul_(group["momentum"]).add_(g * group["lr"]))
+
+
+def make_optimizer(model, c):
+    """--optimizer for what is to be trained: weights of layers, which decay, and biases, norms and tokens."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    decayed = [p for name, p in trained if p.dim() > 1 and not name.endswith("_token")]
+    others = [p for name, p in trained if p.dim() == 1 or name.endswith("_token")]
+    groups = [dict(params=decayed, weight_decay=c.weight_decay), dict(params=others, weight_decay=0.0)]
+    if c.optimizer == "adamw":
+        return torch.optim.AdamW(groups, c.lr, fused=True)  # one pass over memory per parameter
+    return LARS(groups, c.lr) if c.optimizer == "lars" else torch.optim.SGD(groups, c.lr, momentum=0.9)
+
+
+def load_optimizers(optimizers, states):
+    """Momenta from a checkpoint; rates and decay stay as the flags say now. Raises ValueError if groups differ."""
+    for optimizer, state in zip(optimizers, states, strict=True):
+        now = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        optimizer.load_state_dict(state)
+        for group, flags in zip(optimizer.param_groups, now):
+            group.update(flags)
+
+
+def learning_rate(step, peak, warmup, steps, floor=0.0):
+    """Linear warm-up to peak, then half a cosine down to floor · peak behind the last step (arXiv 1608.03983 eq. 5)."""
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def loss_backward(encode, x, c, last=lambda: None):
+    """Loss and scores of a batch's views x (2B, 3, S, S), the first of all images, then the second, and its gradient.
+
+    encode(views) -> (n, C) has the parameters. With --chunk the loss is still that of all B images, but activations
+    are kept for a chunk of them at a time ([6] §3): encode all without a gradient; take the loss's gradient with
+    regard to the vectors; encode each chunk again and pass its share of that on. Batch norm sees a chunk at a time.
+    last is called before the last passes.
+    """
+    def loss_of(z):
+        z1, z2 = z.chunk(2)
+        return (nt_xent(z1, z2, c.temperature) if c.loss == "simclr" else
+                vicreg_loss(z1, z2, c.invariance, c.variance, c.covariance))
+
+    if not c.chunk:
+        last()
+        loss, scores = loss_of(encode(x))
+        loss.backward()
+        return loss, scores
+    B = len(x) // 2
+    chunks = [torch.cat((torch.arange(i, i + c.chunk), torch.arange(B + i, B + i + c.chunk)))  # both views
+              for i in range(0, B, c.chunk)]
+    with torch.no_grad():
+        z = at_least_fp32(torch.cat([encode(x[rows]) for rows in chunks]))
+    z = z[torch.cat(chunks).argsort()].requires_grad_()  # (2B, C), in x's order
+    loss, scores = loss_of(z)
+    loss.backward()
+    for rows in chunks:
+        if rows is chunks[-1]:
+            last()
+        (at_least_fp32(encode(x[rows])) * z.grad[rows]).sum().backward()  # its gradient is z's times that of z
+    return loss, scores
+
+
+def contrastive_step(model, raw, optimizer, autocast, images, c, step, steps, rank, world):
+    """One update of the parameters; returns {name: value} of the batch's loss and scores, on the device.
+
+    N processes do what one does with the joined batch.
+    """
+    model.train()
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, c.lr, c.warmup, steps)
+    batch, own = c.batch_size * world, rank * c.batch_size + np.arange(c.batch_size)
+    if c.loss == "moco":
+        raw.follow(c.momentum)  # before the keys are made
+        # any process can make any view: so the shuffle of [2] §3.3 needs no exchange of images
+        order = np.random.default_rng((c.seed, 3, step)).permutation(batch)
+        with autocast:
+            keys = raw.keys(views(c, images, step, batch, batch + order[own]))  # (B, C): second views
+            q = model(views(c, images, step, batch, own))
+        keys = gather(keys)[torch.from_numpy(order.argsort()).to(keys.device)]  # (batch, C), back in order
+        loss, scores = moco_loss(F.normalize(at_least_fp32(q), dim=1), keys[own], raw.queue, c.temperature)
+        loss.backward()
+        raw.enqueue(keys, step)  # now: a key is no negative of its own query
+    else:
+        def encode(x):
+            with autocast:  # [1]'s code encodes both views in one batch, VICReg's one after the other
+                return model(x, passes=1 if c.loss == "simclr" else 2)
+
+        def synchronise(on):  # DistributedDataParallel exchanges gradients in the last backward pass alone
+            if world > 1:
+                model.require_backward_grad_sync = on
+
+        synchronise(False)
+        x = views(c, images, step, batch, np.concatenate((own, batch + own)))
+        loss, scores = loss_backward(encode, x, c, lambda: synchronise(True))
+    optimizer.step()
+    optimizer.zero_grad()
+    return {"loss": loss.detach(), **scores}
+
+
+# ---- evaluation: what are the features worth? ----------------------------------------------------------------------
+
+@torch.no_grad()
+def cached_features(encode, images, stats, autocast):
+    """encode(normalised images) of images (N, 3, H, W), uint8, 500 at a time: (N, C), float32."""
+    parts = []
+    for x in images.split(500):
+        with autocast:
+            parts.append(encode(normalise(x, stats)).float())
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def knn_accuracy(train_z, train_y, test_z, test_y, k=20, temperature=0.07):
+    """The share of test features (M, C) whose label the k training features (N, C) at the least angle vote for, each
+    with the weight exp(cosine / temperature) (1805.01978v1 §3.4). Nothing is fitted: classes must already lie apart."""
+    train_z, test_z = F.normalize(train_z, dim=1), F.normalize(test_z, dim=1)
+    labels, right = F.one_hot(train_y).to(train_z.dtype), 0  # (N, classes)
+    for z, y in zip(test_z.split(1000), test_y.split(1000)):
+        cosine, nearest = (z @ train_z.T).topk(min(k, len(train_z)), dim=1)  # (b, k)
+        votes = ((cosine / temperature).exp()[:, :, None] * labels[nearest]).sum(dim=1)  # (b, classes)
+        right += (votes.argmax(dim=1) == y).sum().item()
+    return right / len(test_z)
+
+
+@torch.no_grad()
+def linear_probe(train_z, train_y, val_z, val_y, test_z, test_y, rates=(1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0),
+                 epochs=20, at_least=300, batch_size=500, seed=0):
+    """Accuracy on test features (M, C) of the linear classifier, of one per rate, that is best on validation ones.
+
+    As in arXiv 2111.06377v3 §A.1: in front batch norm without an affine map, here with the statistics of all training
+    features; no decay; a cosine. SGD with momentum .9 for so many epochs, but at_least so many steps; R classifiers at
+    once.
+    """
+    mean, std = train_z.mean(dim=0), (train_z.var(dim=0, unbiased=False) + 1e-6).sqrt()
+    train_z, val_z, test_z = (F.pad((z - mean) / std, (0, 1), value=1.0) for z in (train_z, val_z, test_z))  # a bias
+    N, C = train_z.shape
+    labels, batch_size = F.one_hot(train_y).to(train_z.dtype), min(batch_size, N)  # (N, classes)
+    steps, generator = max(at_least, epochs * N // batch_size), torch.Generator().manual_seed(seed)
+    W = train_z.new_zeros(C, len(rates), labels.size(1))  # (C + 1, R, classes)
+    momentum, rate = torch.zeros_like(W), train_z.new_tensor(rates)[:, None]
+
+    def logits(z):  # (b, R, classes), in one product
+        return (z @ W.flatten(1)).unflatten(1, W.shape[1:])
+
+    for step in range(steps):
+        at = step % (N // batch_size)
+        if at == 0:
+            order = torch.randperm(N, generator=generator).to(train_z.device)
+        index = order[at * batch_size:(at + 1) * batch_size]
+        error = logits(train_z[index]).softmax(dim=2) - labels[index, None]  # cross-entropy's gradient
+        momentum.mul_(0.9).add_((train_z[index].T @ error.flatten(1)).view_as(W) / batch_size)
+        W -= learning_rate(step, 1.0, 0, steps) * rate * momentum
+    right = (logits(val_z).argmax(dim=2) == val_y[:, None]).sum(dim=0)  # (R,)
+    return (logits(test_z)[:, right.argmax()].argmax(dim=1) == test_y).sum().item() / len(test_y)
+
+
+def rankme(z):
+    """In effect how many dimensions features (N, C) fill: exp of the entropy of p = σ / Σσ + 1e-7, σ their singular
+    values (arXiv 2210.02885v3). C if all are used alike, 1 if all features lie on a line."""
+    p = torch.linalg.svdvals(z.cpu().double())
+    p = p / p.sum() + 1e-7
+    return (-(p * p.log()).sum()).exp().item()
+
+
+def spread(z):
+    """√C times the standard deviation of z / |z| (N, C) over the N, mean over dimensions (arXiv 2011.10566v1 §4.1):
+    about 1 if features point everywhere, 0 if they have collapsed to one direction."""
+    return F.normalize(z, dim=1).std(dim=0).mean().item() * z.size(1) ** 0.5
+
+
+def probe_encoders(encoders, stats, train, val, test, fractions, autocast):
+    """{name: scores} of encoders, a dict of functions of normalised images: what probes make of their features.
+
+    train, val, test: (images (N, 3, H, W) uint8, labels (N,)). kNN and linear probes are fitted on train, the latter
+    on fractions of its labels, and scored on test; for a look during a run, val may be given as test.
+    """
+    results = {}
+    for name, encode in encoders.items():
+        train_z, val_z, test_z = (cached_features(encode, x, stats, autocast) for x, _ in (train, val, test))
+        scores = results[name] = dict(knn=knn_accuracy(train_z, train[1], test_z, test[1]))
+        for fraction in fractions:
+            some = balanced_subset(train[1], fraction)
+            scores[f"linear_{fraction:.0%}" if fraction < 1 else "linear"] = linear_probe(
+                train_z[some], train[1][some], val_z, val[1], test_z, test[1])
+        scores |= dict(rankme=rankme(test_z), std=spread(test_z))
+    return results
+
+
+def probe_table(results):
+    """The same as lines of text, an encoder in each."""
+    rows = [("", *next(iter(results.values())))]
+    rows += [(name, *(f"{value:.4f}" for value in scores.values())) for name, scores in results.items()]
+    return "\n".join("".join(f"{cell:>12}" for cell in row) for row in rows)
+
+
+def alignment_and_uniformity(z1, z2):
+    """How far apart two views' vectors (N, C) are, squared, and how evenly all lie on the sphere: the log of the mean
+    of exp(-2 · squared distance) over pairs of images ([7] §4.1). Less is better; collapse gives 0 and 0."""
+    z1, z2 = F.normalize(z1, dim=1), F.normalize(z2, dim=1)
+    uniformity = [F.pdist(z).square().mul(-2).exp().mean().log().item() for z in (z1, z2)]
+    return (z1 - z2).square().sum(dim=1).mean().item(), sum(uniformity) / 2
+
+
+@torch.no_grad()
+def evaluate(model, train, val, c, autocast):
+    """What probes make of the encoder's features, the probe's rate chosen on val too: a look during the run, no more.
+    And of the head's vectors, which the loss sees, for views of validation images: alignment, uniformity, spread."""
+    model.eval()
+    few, n = [t[:c.probe_images] for t in train], min(500, len(val[0]))
+    encoders = {"ours": as_encode(model.encoder)}
+    scores = probe_encoders(encoders, CIFAR10_STATS, few, val, val, (1.0,), autocast)["ours"]
+    with autocast:
+        z1, z2 = model(views(c, val[0], 0, n, np.arange(2 * n))).float().chunk(2)
+    alignment, uniformity = alignment_and_uniformity(z1, z2)
+    return scores | dict(alignment=alignment, uniformity=uniformity, head_std=spread(z1))
+
+
+def as_encode(encoder):
+    """The encoder as probes want it: a function of normalised images."""
+    return lambda x: encoder(x.contiguous(memory_format=torch.channels_last))
+
+
+# ---- data ----------------------------------------------------------------------------------------------------------
+
+CIFAR10 = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+CIFAR10_MD5 = "md5:c32a1d4ab5d03f1284b67883e8d87530"
+CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
+CIFAR10_STATS = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # mean and std of a channel over all pixels
+
+# Ten shapes of about unit size: the distance of points (u, v), v downwards, to the edge, negative inside. r is their
+# distance to the centre, box that to a square.
+SHAPES = dict(
+    circle=lambda u, v, r, box: r - 0.9,
+    square=lambda u, v, r, box: box,
+    triangle=lambda u, v, r, box: torch.maximum(0.866 * u.abs() - 0.5 * v, v) - 0.5,
+    ring=lambda u, v, r, box: (r - 0.72).abs() - 0.2,
+    cross=lambda u, v, r, box: torch.maximum(torch.minimum(u.abs(), v.abs()) - 0.28, box - 0.1),
+    star=lambda u, v, r, box: r - 0.62 - 0.33 * (5 * torch.atan2(u, -v)).cos(),
+    heart=lambda u, v, r, box: (u**2 + (v + 0.8 * u.abs() - 0.2) ** 2).sqrt() - 0.75,
+    stripes=lambda u, v, r, box: torch.maximum(box, ((u * 1.8) % 1 - 0.5).abs() / 1.8 - 0.14),
+    checkerboard=lambda u, v, r, box: torch.maximum(box, (u * 6.5).sin() * (v * 6.5).sin() * 0.15),
+    crescent=lambda u, v, r, box: torch.maximum(r - 0.9, 0.75 - ((u - 0.45) ** 2 + v**2).sqrt()))
+
+
+def fetch_cifar10(root):
+    """Download the official binary archive and unpack it to root/cifar-10-batches-bin, unless that is there."""
+    target = Path(root) / "cifar-10-batches-bin"
+    names = ["batches.meta.txt", "test_batch.bin", *(f"data_batch_{i}.bin" for i in range(1, 6))]
+    if not all((target / name).exists() for name in names):
+        archive = download(CIFAR10, Path(root) / "cifar-10-binary.tar.gz", CIFAR10_MD5)
+        with one_line(f"{archive} can't be unpacked: delete it and try again"), tarfile.open(archive) as tar:
+            target.mkdir(exist_ok=True)
+            for name in names:  # by name, so that nothing can land elsewhere
+                write_atomic(target / name, tar.extractfile(f"cifar-10-batches-bin/{name}").read())
+
+
+def load_cifar10(root):
+    """train_x (50000, 3, 32, 32) uint8, train_y (50000,) int64, test_x, test_y from root/cifar-10-batches-bin.
+
+    A record is a label and 3,072 bytes, red, green, blue, row by row. Raises ValueError on a file of anything else.
+    """
+    parts = []
+    for name in ("test_batch", *(f"data_batch_{i}" for i in range(1, 6))):
+        path = Path(root) / "cifar-10-batches-bin" / f"{name}.bin"
+        with one_line(f"{path} can't be read"):
+            raw = np.fromfile(path, np.uint8)
+        if len(raw) == 0 or len(raw) % 3073 or raw[::3073].max() > 9:
+            raise UserError(f"{path} does not consist of CIFAR-10's records of 3,073 bytes: delete it and try again")
+        parts.append(torch.from_numpy(raw.reshape(-1, 3073)))  # (10000, 3073)
+    test, train = parts[0], torch.cat(parts[1:])
+    return *(t for p in (train, test) for t in (p[:, 1:].reshape(-1, 3, 32, 32), p[:, 0].long())),
+
+
+def make_shapes(n, seed):
+    """Draw x (n, 3, 32, 32) uint8 and y (n,) int64: the ten shapes, equally often, in random order.
+
+    Each is moved, turned and scaled; colours, shading, clutter and noise hide it from a linear classifier.
+    """
+    g = torch.Generator().manual_seed(seed)
+
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(n, *shape, generator=g)
+
+    y = (torch.arange(n) % 10)[torch.randperm(n, generator=g)]
+    rows, columns = torch.meshgrid(torch.arange(32) - 15.5, torch.arange(32) - 15.5, indexing="ij")  # (32, 32)
+    size, angle = uniform(7, 11, 1, 1), uniform(-0.6, 0.6, 1, 1)
+    v, u = (rows - uniform(-3, 3, 1, 1)) / size, (columns - uniform(-3, 3, 1, 1)) / size  # (n, 32, 32)
+    u, v = u * angle.cos() + v * angle.sin(), v * angle.cos() - u * angle.sin()
+    distance = torch.empty(n, 32, 32)
+    for k, shape in enumerate(SHAPES.values()):
+        a, b = u[y == k], v[y == k]  # (n_k, 32, 32)
+        distance[y == k] = shape(a, b, (a**2 + b**2).sqrt(), torch.maximum(a.abs(), b.abs()) - 0.85)
+    alpha = (0.5 - distance * size).clamp(0, 1)[:, None]  # (n, 1, 32, 32), edges one pixel soft
+    ink, paper = uniform(0, 1, 3, 1, 1), uniform(0, 1, 3, 1, 1)
+    paper = torch.where((ink - paper).abs().amax(dim=1, keepdim=True) < 0.5, (ink + 0.5) % 1, paper)  # never the same
+    shade = uniform(-0.012, 0.012, 1, 1, 1) * rows + uniform(-0.012, 0.012, 1, 1, 1) * columns
+    x = paper + (ink - paper) * alpha + shade  # (n, 3, 32, 32)
+    for _ in range(3):  # clutter: small discs
+        dy, dx, radius = rows - uniform(-16, 16, 1, 1), columns - uniform(-16, 16, 1, 1), uniform(0.8, 2.2, 1, 1)
+        disc = (radius + 0.5 - (dy**2 + dx**2).sqrt()).clamp(0, 1)[:, None]
+        x = x + (uniform(0, 1, 3, 1, 1) - x) * disc
+    x = x + 0.05 * torch.randn(n, 3, 32, 32, generator=g)
+    return (x * 255).round().clamp(0, 255).to(torch.uint8), y
+
+
+def balanced_subset(labels, fraction):
+    """Indices, ascending, of the first images of each class, a fraction of it: the data is in random order as it is."""
+    classes = [(labels == k).nonzero().flatten() for k in labels.unique()]
+    return torch.cat([k[:max(1, round(fraction * len(k)))] for k in classes]).sort().values
+
+
+def load_images(c):
+    """(x, y) of the training, validation and test images, and the names of the classes."""
+    if c.data == "shapes":
+        train, val, test = [make_shapes(n, seed) for n, seed in ((10000, 1), (1000, 2), (2000, 3))]
+        classes = list(SHAPES)
+    else:
+        if c.data == "cifar10":
+            fetch_cifar10(c.data_dir)
+        x, y, *test = load_cifar10(c.data_dir if c.data == "cifar10" else c.data)
+        if len(x) <= 5000:
+            raise UserError(f"--data {c.data}: {len(x)} training images, want more than the 5,000 to validate on")
+        train, val, classes = (x[:-5000], y[:-5000]), (x[-5000:], y[-5000:]), CIFAR10_CLASSES
+    if c.full_train:
+        train = [torch.cat(both) for both in zip(train, val)]
+    if c.labels < 1:
+        keep = balanced_subset(train[1], c.labels)
+        train = [t[keep] for t in train]
+    return train, val, test, classes
+
+
+# ---- files and errors ----------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def one_line(message, status=2):
+    """Turn whatever a broken file, disk or network raises inside into one line for the user."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{message} ({type(error).__name__}: {' '.join(str(error).split())[:300]})", status) from error
+
+
+def download(url, path, checksum=None):
+    """Fetch url to path unless it is there. A broken download stays as path.part, and the next try goes on with it.
+
+    checksum: "sha256:" or "md5:" and the hash, or its first digits.
+    """
+    kind, _, digits = (checksum or "sha256:").partition(":")
+    part = path.with_name(path.name + ".part")
+    with one_line(f"can't download {url}: run again to go on, or bring the file to {path} by hand"):
+        if path.exists():
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        have = part.stat().st_size if part.exists() else 0
+        # identity: Content-Length would count the bytes of a compressed body
+        headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+        with requests.get(url, headers=headers, stream=True, timeout=30) as reply:
+            if reply.status_code != 416:  # 416: nothing is missing, if the size agrees
+                reply.raise_for_status()
+            total = int(reply.headers.get("Content-Range", "/" + reply.headers["Content-Length"]).split("/")[1])
+            have = 0 if reply.status_code == 200 else have  # 200: it comes from the start, not from where we are
+            with open(part, "ab" if have else "wb") as file:
+                for chunk in reply.iter_content(1 << 20) if reply.ok else ():
+                    have += file.write(chunk)
+                    print(f"\r{path.name}: {have / 1e6:.1f} of {total / 1e6:.1f} MB", end="", file=sys.stderr)
+            print(file=sys.stderr)
+            if have > total:  # not a part of this file: from the start next time
+                part.unlink()
+            if have != total:
+                raise OSError(f"it ended after {have} of {total} bytes")
+        if not hashlib.new(kind, part.read_bytes()).hexdigest().startswith(digits):
+            part.unlink()
+            raise UserError(f"{url} is not the published file, its {kind} differs: deleted, try again")
+        os.replace(part, path)
+    return path
+
+
+def write_atomic(path, *content):
+    """Write bytes, or a checkpoint's dict, under another name, then rename: path holds the old content or the new."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        with one_line(f"can't write {path}, what was there is kept", status=1):
+            with open(temporary, "wb") as file:
+                torch.save(content[0], file) if isinstance(content[0], dict) else file.writelines(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_checkpoint(path):
+    """The dict that a run saved. weights_only: nothing is unpickled but tensors and plain values."""
+    with one_line(f"{path} is not a checkpoint of this script"):
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved["model"], saved["model_config"], {**saved["config"]}, saved["step"]  # KeyError, TypeError: not ours
+    return saved
+
+
+def curves_svg(path, series, x_label, y_label):
+    """A chart of {name: [(x, y), ...]}; the names stand in the corner in their lines' colours."""
+    (x0, x1), (y0, y1) = [(min(v), max(v)) for v in zip(*(p for line in series.values() for p in line))]
+    svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="-70 -30 640 400" font-family="sans-serif" font-size="12">'
+           '<rect x="-70" y="-30" width="640" height="400" fill="white"/>'
+           f'<text x="275" y="362" text-anchor="middle">{x_label}</text><text x="-62" y="-12">{y_label}</text>']
+    for i in range(6):
+        svg.append(f'<path d="M0 {320 - 64 * i}h550" stroke="#ddd"/>'
+                   f'<text x="-8" y="{320 - 64 * i}" text-anchor="end">{y0 + (y1 - y0) * i / 5:.3g}</text>'
+                   f'<text x="{110 * i}" y="340" text-anchor="middle">{x0 + (x1 - x0) * i / 5:.4g}</text>')
+    for i, (name, line) in enumerate(series.items()):
+        colour = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")[i % 6]
+        points = " ".join(f"{550 * (x - x0) / (x1 - x0 or 1):.1f},{320 * (y1 - y) / (y1 - y0 or 1):.1f}"
+                          for x, y in line)
+        svg.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
+                   f'<text x="540" y="{20 + 16 * i}" text-anchor="end" fill="{colour}">{name}</text>')
+    write_atomic(path, "\n".join([*svg, "</svg>"]).encode())
+
+
+def write_png(path, image):
+    """Write a picture (H, W, 3), a NumPy array of uint8: PNG is a header and the rows, compressed, a 0 before each."""
+    H, W, _ = image.shape
+    rows = np.concatenate((np.zeros((H, 1), np.uint8), image.reshape(H, 3 * W)), axis=1)
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    write_atomic(path, b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", struct.pack(">IIBBBBB", W, H, 8, 2, 0, 0, 0)),
+                 chunk(b"IDAT", zlib.compress(rows.tobytes())), chunk(b"IEND", b""))
+
+
+def write_sheet(path, rows, side=96):
+    """A PNG of rows of square images (3, s, s), 0 to 255, each shown with side × side pixels, 4 between them."""
+    sheet = torch.full((3, len(rows) * (side + 4) + 4, max(map(len, rows)) * (side + 4) + 4), 255.0)
+    for i, row in enumerate(rows):
+        for j, image in enumerate(row):
+            y, x = 4 + i * (side + 4), 4 + j * (side + 4)
+            sheet[:, y:y + side, x:x + side] = F.interpolate(image[None].float().cpu(), (side, side))[0]
+    write_png(path, sheet.round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
+
+
+# ---- train ---------------------------------------------------------------------------------------------------------
+
+class RunFolder:
+    """A run's rows, step, best accuracy and seconds, and the folder that keeps them; only one process writes."""
+
+    def __init__(self, c, saved, writes):
+        self.c, self.writes, self.out = c, writes, Path(c.out)
+        self.step, self.best, self.seconds, self.rows = 0, -math.inf, 0.0, []
+        if saved:
+            vars(self).update({name: saved[name] for name in ("step", "best", "seconds", "rows")})
+        if writes:
+            with one_line(f"can't make the folder {self.out}", status=1):
+                self.out.mkdir(parents=True, exist_ok=True)
+            lines = "".join(json.dumps(row) + "\n" for row in self.rows)  # without what came after the checkpoint
+            for name, text in (("config.json", json.dumps(dataclasses.asdict(c), indent=2)), ("log.jsonl", lines)):
+                write_atomic(self.out / name, text.encode())
+
+    def check(self, name, value, step):
+        if not math.isfinite(value):
+            raise UserError(f"{name} is {value} at step {step}: lower --lr; {self.out} keeps the last checkpoint", 1)
+
+    def log(self, line, **row):
+        """A line for people, and a row for log.jsonl and the curves."""
+        self.rows.append({"step": self.step, **row})
+        if self.writes:
+            print(line, flush=True)
+            with one_line(f"can't write {self.out}/log.jsonl", status=1), open(self.out / "log.jsonl", "a") as file:
+                file.write(json.dumps(self.rows[-1]) + "\n")
+
+    def draw(self, y_label, **keys):
+        """curves.svg, a line for each of names=key that rows have."""
+        lines = {name: [(row["step"], row[key]) for row in self.rows if key in row] for name, key in keys.items()}
+        if self.writes and any(lines.values()):
+            curves_svg(self.out / "curves.svg", {k: v for k, v in lines.items() if v}, "step", y_label)
+
+    def save(self, name, model, **more):
+        """A checkpoint of the model and what else is to be kept; its random state is config's seed and the step."""
+        if self.writes:
+            self.check("a parameter", sum(p.detach().sum() for p in model.parameters()).item(), self.step)
+            write_atomic(self.out / name, dict(model=model.state_dict(), config=dataclasses.asdict(self.c), **more,
+                                               step=self.step, best=self.best, seconds=self.seconds, rows=self.rows))
+
+
+def load_pair(c):
+    """The network that the flags ask for, and its encoder as it was before it had learned anything."""
+    torch.manual_seed(c.seed)  # the same initial weights on every rank
+    model = Contrastive(load_encoder(c), c.loss, c.head_dim, c.queue)
+    for module in model.modules():
+        if isinstance(module, BatchNorm):
+            module.splits = c.bn_splits // process()[1] if c.loss == "moco" and c.bn_splits > 1 else 0
+    torch.manual_seed(c.seed)
+    return model, make_encoder(model.encoder.settings).eval()
+
+
+def train(c, interrupts=()):
+    """Train as the Config c says, into the folder c.out, until interrupts has something in it; returns the status."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device, dtype, autocast = pick_device(c.device, c.dtype, "avx512_bf16")
+    if world > 1:
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if rank > 0:  # the first rank may have to download
+        torch.distributed.barrier()
+    splits = load_images(dataclasses.replace(c, full_train=False))[:3]
+    saved = load_checkpoint(f"{c.out}/ckpt.pt") if c.resume else None
+    raw, fresh = (m.to(device, memory_format=torch.channels_last) for m in load_pair(c))
+    if rank == 0 and world > 1:
+        torch.distributed.barrier()
+    train_split, val, test = [[t.to(device) for t in split] for split in splits]  # uint8, all on the device
+    images = torch.cat((train_split[0], val[0])) if c.full_train else train_split[0]
+    optimizer = make_optimizer(raw, c)
+    if saved:
+        with one_line(f"{c.out}/ckpt.pt can't be gone on with"):
+            if saved["config"]["optimizer"] != c.optimizer:
+                raise UserError(f"--optimizer {c.optimizer}, but {c.out}/ckpt.pt has {saved['config']['optimizer']}")
+            raw.load_state_dict(saved["model"])
+            load_optimizers([optimizer], saved["optimizer"])
+    model = torch.compile(raw) if c.compile else raw  # raw, not compiled, is what is evaluated and saved
+    if world > 1:
+        model = nn.parallel.DistributedDataParallel(model)
+    batch = c.batch_size * world
+    per_epoch = max(1, len(images) // batch)
+    steps = c.steps or math.ceil(c.epochs * per_epoch)
+    run = RunFolder(c, saved, writes=rank == 0)
+    yardsticks, few = dict(random_init=as_encode(fresh), pixels=lambda x: x.flatten(1)), c.probe_images
+    beside = {f"{name}_{key}": scores[key] for name, scores in probe_encoders(
+        yardsticks, CIFAR10_STATS, [t[:few] for t in train_split], val, val, (1.0,), autocast).items()
+        for key in ("knn", "linear")}
+    if rank == 0:
+        print(" ".join(f"{name}={value!r}" for name, value in dataclasses.asdict(c).items()))
+        print(f"{sum(p.numel() for p in raw.encoder.parameters()):,} parameters in the encoder, "
+              f"{sum(p.numel() for p in raw.head.parameters()):,} in the head | {len(images):,} images to train on | "
+              f"{steps} steps of {batch} | {device} {dtype}")
+
+    def save(name):
+        run.save(name, raw, model_config=raw.settings, optimizer=[optimizer.state_dict()],
+                 encoder=raw.encoder.state_dict(), encoder_config=raw.encoder.settings)
+
+    resumed_at, end = run.step if saved else None, min(steps, c.stop_at or steps)
+    every = c.eval_every or math.ceil(steps / 4)
+    clock, logged, pending, stop = time.perf_counter(), run.seconds, [], False
+    while True:
+        due = (run.step % every == 0 or run.step == end) and run.step != resumed_at
+        stop = stop or (world == 1 and len(interrupts) > 0)
+        if pending and (due or stop or run.step % c.log_every == 0):
+            sums = torch.stack([torch.stack([*row.values()]) for row in pending])  # (steps, 1 + scores)
+            sums = torch.cat((sums, sums.new_full((1, sums.size(1)), len(interrupts))))
+            if world > 1:  # the sum over ranks; a Ctrl-C may reach one of them first, all must stop at the same step
+                torch.distributed.all_reduce(sums)
+            *values, (stop, *_) = sums.tolist()  # this waits for the device
+            run.seconds, clock = run.seconds + time.perf_counter() - clock, time.perf_counter()
+            for i, row in enumerate(values):
+                run.check("loss", row[0], run.step - len(pending) + i)
+            means = {name: sum(v) / len(v) / world for name, v in zip(pending[0], zip(*values))}
+            ms, lr = 1e3 * (run.seconds - logged) / len(pending), optimizer.param_groups[0]["lr"]
+            rate, logged, pending = 1e3 * batch / ms, run.seconds, []
+            run.log(f"step {run.step}/{steps} | " + " | ".join(f"{k} {v:.4f}" for k, v in means.items()) +
+                    f" | lr {lr:.1e} | {ms:.1f} ms | {rate:.0f} images/s", **means, lr=lr, ms=ms, seconds=run.seconds,
+                    images_per_s=rate)
+        if due:
+            look_at(run, raw, train_split, val, beside, steps, c, autocast, world, save)
+        if due or stop:
+            save("ckpt.pt")
+            clock = time.perf_counter()
+        if run.step >= end or stop:
+            break
+        pending.append(contrastive_step(model, raw, optimizer, autocast, images, c, run.step, steps, rank, world))
+        run.step += 1
+    if world > 1:  # a gloo group that ends while DDP still holds it may abort
+        del model
+        gc.collect()
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    if rank == 0 and stop:
+        print(f"stopped after step {run.step}; to go on: python simclr.py --resume --out {c.out}")
+    elif rank == 0:
+        finish_simclr(run, raw, yardsticks, train_split, val, test, c, autocast, device)
+    return 130 if stop else 0
+
+
+def look_at(run, model, train_split, val, beside, steps, c, autocast, world, save):
+    """Evaluate during the run: a log line and row, best.pt if kNN is best, and curves."""
+    with one_line(f"no features to judge at step {run.step}: lower --lr; {run.out} keeps the last checkpoint", 1):
+        scores = [evaluate(model, train_split, val, c, autocast)]
+    if world > 1:  # the first rank's for all
+        torch.distributed.broadcast_object_list(scores)
+    [scores] = scores
+    text = [f"{key} {value:.4f}" + (f" (random init {beside[f'random_init_{key}']:.4f}, pixels "
+                                    f"{beside[f'pixels_{key}']:.4f})" if key in ("knn", "linear") else "")
+            for key, value in scores.items()]
+    run.log(f"step {run.step}/{steps} | " + " | ".join(text), seconds=run.seconds, **scores, **beside)
+    if scores["knn"] > run.best:
+        run.best = scores["knn"]
+        save("best.pt")
+    run.draw("accuracy on validation images", kNN="knn", **{"linear probe": "linear", "kNN of random init":
+             "random_init_knn", "kNN of pixels": "pixels_knn", "linear probe of pixels": "pixels_linear"})
+
+
+@torch.no_grad()
+def draw_neighbours(encode, train, test, path, autocast):
+    """A row for the first test image of each class: itself, and the eight training images of nearest features."""
+    queries = test[0][first_of_each(test[1])]
+    z, train_z = (F.normalize(cached_features(encode, x, CIFAR10_STATS, autocast), dim=1)
+                  for x in (queries, train[0]))
+    nearest = (z @ train_z.T).topk(min(8, len(train_z)), dim=1).indices  # (classes, 8)
+    write_sheet(path, [[image, *train[0][row]] for image, row in zip(queries, nearest)])
+
+
+def finish_simclr(run, model, yardsticks, train_split, val, test, c, autocast, device):
+    """Read the test set, once, with the best weights: the table of probes, and the log's last row."""
+    model.load_state_dict(load_checkpoint(run.out / "best.pt")["model"])
+    encode = as_encode(model.eval().encoder)
+    results = probe_encoders({c.loss: encode, **yardsticks}, CIFAR10_STATS, train_split, val, test, (1.0, 0.1, 0.01),
+                             autocast)
+    print(f"on the test images, with the labels of {len(train_split[0]):,} training images, or 10% or 1% of them:")
+    print(probe_table(results))
+    flat = {f"test_{key}" if name == c.loss else f"test_{name}_{key}": value
+            for name, scores in results.items() for key, value in scores.items()}
+    draw_neighbours(encode, train_split, test, run.out / "neighbours.png", autocast)
+    ours, fresh, memory = results[c.loss], results["random_init"], peak_mb(device)
+    run.log(f"test kNN {ours['knn']:.4f}, linear {ours['linear']:.4f} (random init {fresh['knn']:.4f}, "
+            f"{fresh['linear']:.4f}) | {run.seconds:.0f} s of training | peak {memory:.0f} MB | pictures in "
+            f"{run.out}", seconds=run.seconds, **flat, final=True, peak_mb=memory)
+
+
+def draw_pairs(c):
+    """augment.png: a row for each of eight training images, itself and four pairs of views, of as many steps."""
+    images = load_images(c)[0][0][:8]
+    mean, std = (torch.tensor(s)[:, None, None] for s in CIFAR10_STATS)
+    rows = [[image] for image in images]
+    for step in range(4):
+        x = views(c, images, step, len(images), np.arange(2 * len(images))) * std + mean  # (2 · 8, 3, H, W)
+        for i, of in enumerate(batch_index(len(images), len(images), c.seed, step, 0, 1)[0]):
+            rows[of] += [255 * x[i], 255 * x[len(images) + i]]
+    with one_line(f"can't make the folder {c.out}", status=1):
+        Path(c.out).mkdir(parents=True, exist_ok=True)
+    write_sheet(Path(c.out) / "augment.png", rows)
+    print(f"wrote {c.out}/augment.png: the original, then pairs of views")
+
+
+def first_of_each(labels):
+    """The index of the first image of each class."""
+    return [(labels == k).nonzero()[0].item() for k in labels.unique()]
+
+
+def pick_device(name, dtype, units="amx_bf16"):
+    """The device and the type to compute in, "auto" resolved. Raises ValueError if it is not here.
+
+    units: what a CPU needs for bfloat16 to be the faster: with avx512_bf16 only large products gain, small ones lose.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    with one_line(f"--device {name} is not here"):
+        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+        torch.zeros(1, device=device).item()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 where fp32 is left
+    if dtype == "auto":  # a CPU without such units is many times slower in bfloat16
+        fast = (device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+                or device.type == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get(units, False))
+        dtype = "bfloat16" if fast else "float32"
+    dtype = getattr(torch, dtype)
+    return device, dtype, torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def peak_mb(device):
+    """The most memory that was in use: the card's, else the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    with contextlib.suppress(ImportError):  # Windows has no such module
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    return math.nan
+
+
+# ---- command line --------------------------------------------------------------------------------------------------
+
+def parse_flags(config, doc, argv):
+    """A config from flags, one for each of its fields, the field's comment as help. --resume starts from the flags of
+    the run that it goes on with."""
+    def fail(message):
+        raise UserError(f"{message}; see --help")
+
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config), re.M))
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.error = fail
+    for field in dataclasses.fields(config):
+        kind = (typing.get_args(field.type) or [field.type])[0]  # int of int | None
+        how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind, metavar=kind.__name__)
+        text = f"{comments[field.name]} [{field.default}]".replace("%", "%%")
+        parser.add_argument(f"--{field.name}", help=text, **how)
+    flags = vars(parser.parse_args(argv))
+    if flags.get("resume"):
+        saved = load_checkpoint(f"{flags.get('out', config.out)}/ckpt.pt")["config"]
+        once = ("resume", "init", "stop_at", "out")
+        flags = {name: value for name, value in saved.items() if hasattr(config, name) and name not in once} | flags
+    return config(**flags)
+
+
+def main(argv=None):
+    """Run the command line. Returns the exit status: 0, 1 for a failed run, 2 for bad input, 130 after Ctrl-C."""
+    try:
+        c = parse_flags(Config, __doc__, argv)
+        if c.show_augment:
+            draw_pairs(c)
+            return 0
+        pressed, old = [], signal.getsignal(signal.SIGINT)  # a first Ctrl-C stops between steps, a second at once
+        signal.signal(signal.SIGINT, lambda *_: (pressed.append(True), signal.signal(signal.SIGINT, old)))
+        try:
+            return train(c, pressed)
+        finally:
+            signal.signal(signal.SIGINT, old)
+    except UserError as error:
+        print(f"simclr.py: {error}", file=sys.stderr)
+        return error.status
+    except (MemoryError, RuntimeError) as error:  # torch has a RuntimeError for it, on a CPU a plain one
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        print(f"simclr.py: out of memory ({' '.join(str(error).split())[:200]}): try --chunk", file=sys.stderr)
+        return 1
+    except SystemExit as error:  # --help
+        return error.code or 0
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1054,7 +1054,8 @@ def train(c, interrupts=()):
 
 def look(run, model, train_split, val, beside, steps, c, autocast, world, save):
     """Evaluate during the run: a log line and row, best.pt if the linear probe is best, curves and a sheet."""
-    scores = [evaluate(model, train_split, val, c, autocast) | beside]
+    with one_line(f"no features to judge at step {run.step}: lower --lr; {run.out} keeps the last checkpoint", 1):
+        scores = [evaluate(model, train_split, val, c, autocast) | beside]
     if world > 1:  # the first rank's for all
         torch.distributed.broadcast_object_list(scores)
     run.check("val_loss", scores[0]["val_loss"], run.step)

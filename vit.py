@@ -943,7 +943,7 @@ def evaluate(model, images, labels, c, autocast):
             logits.append(model(normalise(x, model.stats, c.image_size)).float())
     logits = torch.cat(logits)  # (N, classes)
     return dict(val_loss=F.cross_entropy(logits, labels).item(),
-                val_accuracy=(logits.argmax(dim=1) == labels).double().mean().item())
+                val_accuracy=(logits.argmax(dim=1) == labels).sum().item() / len(labels))
 
 
 def load_vit(c, classes):

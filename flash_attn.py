@@ -18,13 +18,14 @@ kept, LSE, from which the backward pass computes any tile again. All else is whi
 and in Python: flash_attention(q, k, v, causal=True), where q is (B, H, T_q, D), k and v (B, H_kv, T_k, D); H_kv may
 divide H (grouped queries). On a card it runs the Triton kernels below, else plain PyTorch.
 
-What to expect (torch 2.13.0, two cores of an AMD EPYC, fp32, seed 0, n = 1; logs in assets/logs/flash_attn/):
-- python flash_attn.py: TODO-MEASURE test accuracy, seconds; a sequence keeps TODO-MEASURE MB for the backward pass,
-  with naive attention TODO-MEASURE MB; loss curves of the two: BenchFlashAttn.curves
-- T = 4,096, causal, 8 heads, D = 64, against torch's scaled_dot_product_attention: forward TODO-MEASURE of its time,
-  forward and backward TODO-MEASURE; naive TODO-MEASURE: python tests.py BenchFlashAttn.speed
-- A window of 256 at T = 16,384, forward: TODO-MEASURE times as fast as torch's with a mask: BenchFlashAttn.window
-- T = 16,384: peak above inputs and outputs TODO-MEASURE MiB (one matrix of scores: 8,192): BenchFlashAttn.memory
+What to expect (torch 2.13.0, two cores of an AMD EPYC, fp32 where not said, seed 0, n = 1; logs in assets/logs/flash_attn/):
+- python flash_attn.py: test accuracy 1.0000 after 39 s of training (bfloat16 outside attention); a sequence keeps
+  17.6 MB for the backward pass, with naive attention 153.6 MB, losses and gradients agree; the naive loss curve beside
+  it: not yet measured (BenchFlashAttn.curves)
+- T = 4,096, causal, 8 heads, D = 64, against torch's scaled_dot_product_attention: forward 1.18 of its time (138 ms),
+  forward and backward 1.00 (427 ms); naive 9.5 and 5.7: python tests.py BenchFlashAttn.speed
+- A window of 256 at T = 16,384, forward: 26 times as fast as torch's with a mask (158 ms): BenchFlashAttn.window
+- T = 16,384: peak above inputs and outputs 45 MiB (one matrix of scores: 8,192): BenchFlashAttn.memory
 - Triton: checked in its interpreter and compiled for sm_90; its time and its bfloat16 on a card: not yet measured
 
 Left out, since on a CPU they bought under 5%: rescaling only when the maximum grew enough, -m as the score product's

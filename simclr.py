@@ -17,8 +17,9 @@ images: it asks each dimension to vary over the batch, and any two not to vary t
     python simclr.py --show_augment                     # augment.png: pairs of views
     torchrun --nproc_per_node=8 simclr.py --data cifar10 --width 64 --optimizer lars --epochs 100 --compile
 
-What to expect (torch 2.13.0, seed 0, n = 1; logs in assets/logs/simclr/):
-- python simclr.py: see README.md
+What to expect (torch 2.13.0, two cores of an AMD EPYC, seed 0, n = 1; logs in assets/logs/simclr/):
+- python simclr.py, test images of shapes, bfloat16, 94 s of training: kNN .586 (random init .197, pixels .334), linear
+  probe .624 (.197, .173), with a tenth of the labels .557 (.159, .184), with 1% .429 (.120, .136)
 - Not yet measured: a step of ResNet-18, batch 256, augmentation included, against per-image PIL transforms in a
   DataLoader with two workers and fp32 eager (python tests.py BenchSimCLR.speed); CIFAR-10, half an hour per objective
   (BenchSimCLR.hours --data cifar10); temperatures .1, .5, 1, and batches of 64, 256, 1024 (.temperatures, .batches)

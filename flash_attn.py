@@ -18,7 +18,7 @@ kept, LSE, from which the backward pass computes any tile again. All else is whi
 and in Python: flash_attention(q, k, v, causal=True), where q is (B, H, T_q, D), k and v (B, H_kv, T_k, D); H_kv may
 divide H (grouped queries). On a card it runs the Triton kernels below, else plain PyTorch.
 
-What to expect (torch 2.13.0, two cores of an AMD EPYC, fp32 unless said, seed 0, n = 1; logs in assets/logs/flash_attn/):
+What to expect (torch 2.13.0, two AMD EPYC cores, fp32 unless said, seed 0, n = 1; logs in assets/logs/flash_attn/):
 - python flash_attn.py: test accuracy 1.0000 after 39 s of training (bfloat16 outside attention); a sequence keeps
   17.6 MB for the backward pass, with naive attention 153.6 MB, losses and gradients agree; the naive loss curve beside
   it: not yet measured (BenchFlashAttn.curves)

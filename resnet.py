@@ -36,7 +36,7 @@ What to expect (torch 2.13.0, two cores of an AMD EPYC, seed 0, n = 1; logs in a
 - The landscape of those two deep networks, 13 × 13 points, 3.2 minutes on one core (assets/resnet_landscape.svg): the
   median loss on its edge is 4,652 around the plain one, 40 around the residual one
 - Each --norm on shapes, 15,360 images: batches of 256, the best of three rates, test accuracy: batch .466, layer .145,
-  none .117; batches of 2, one rate: .240, .248, .287. What batch norm gains is gone: BenchResNet.norms
+  none .111; batches of 2, one rate: .240, .248, .287. What batch norm gains is gone: BenchResNet.norms
 - On a GPU: not yet measured
 
 Differs from [1]: Nesterov momentum, cosine instead of steps (÷10 after 32,000 and 48,000), decay on weights only, crops

@@ -8239,7 +8239,8 @@ class BenchViT(Bench):
         times = in_turn(run, int(rounds), warm=2)
         for name, t in times.items():
             print(f"{name:>16} {1e3 * statistics.median(t):8.1f} ms, {256 / statistics.median(t):6.0f} images/s | fp32 "
-                  f"takes {ratio(times, 'fp32', name):.2f} times as long, autocast {ratio(times, 'autocast', name):.2f}",
+                  f"takes {ratio(times, 'fp32', name):.2f} times as long, autocast "
+                  f"{ratio(times, 'autocast', name):.2f}",
                   flush=True)
 
 

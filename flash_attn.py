@@ -29,9 +29,9 @@ What to expect (torch 2.13.0, two AMD EPYC cores, fp32 unless said, seed 0, n = 
 - Triton: checked in its interpreter and compiled for sm_90; its time and its bfloat16 on a card: not yet measured
 
 Left out, for short trials on a CPU showed no clear gain: rescaling only when the maximum grew enough, -m as the score
-product's bias, transposed accumulators for dK and dV. Differs from the papers: rows × columns are 256 × 256 on a CPU;
-half precision is computed in fp32 tile by tile; the Triton kernels copy inputs that are not contiguous, and their backward
-pass is two kernels that compute P twice, instead of atomic additions to dQ.
+product's bias, transposed accumulators for dK and dV. Differs from the papers: rows × columns are 256 × 256 on CPUs;
+half precision is computed in fp32 tile by tile; the Triton kernels copy inputs that are not contiguous, and their
+backward pass is two kernels that compute P twice, instead of atomic additions to dQ.
 
 The task: keys, each with its value; then all keys again in another order, and the model names the value. Blocks are
 given what makes this quick to learn: an attention key is the previous token's, and shares its projection with the

@@ -19,8 +19,8 @@ convolutions, another network's pre-training (--init) or another network's answe
 and in Python: model = ViT.from_pretrained("vit_b_16").eval(), model(normalise(images, model.stats)).
 
 What to expect (torch 2.13.0, two cores of an AMD EPYC, seed 0, n = 1; logs in assets/logs/vit/):
-- python vit.py: test accuracy 73.1% on shapes (a linear classifier: below 35%), 217 s of training in bfloat16 on one
-  core while other work ran
+- python vit.py: test accuracy 71.9% on shapes (a linear classifier: below 35%), 94 s of training in bfloat16 on one
+  core
 - A training step of 192 × 6, patch 4, batch 256, in bfloat16 by AVX-512: 2.15 times as fast as the same model in plain
   fp32 eager, 1.41 times as under autocast with torch's attention; all augmentation is 1.6% of it: BenchViT.speed
 - Not yet measured: accuracy against compute on CIFAR-10 (python tests.py BenchViT.recipe, .plain, .ablation), a

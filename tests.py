@@ -275,6 +275,27 @@ class TestHouse(Case):
         self.assertTrue(done, "none of the README's commands could be run")
 
 
+    def test_readme_lines(self):
+        """Each line that the README links to is there, and has what the link says."""
+        links = readme_links((HERE / "README.md").read_text())
+        self.assertGreater(len(links), 50)
+        for _, script, fragment, number in links:
+            lines = (HERE / script).read_text().splitlines()
+            self.assertIn(fragment, "".join(lines[int(number) - 1:int(number)]), f"{script}#L{number}: python tests.py "
+                          "BenchReadme.lines mends it")
+
+    def test_readme_files(self):
+        """Pictures, logs and scripts that the README links to are there."""
+        for path in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", (HERE / "README.md").read_text()):
+            self.assertTrue((HERE / path).exists(), path)
+
+
+def readme_links(text):
+    """(all of the link, script, what the line has, its number) of each link to a line."""
+    found = re.findall(r"(\[[\w.]+: `([^`]+)`\]\(([\w.]+)#L(\d+)\))", text)
+    return [(whole, script, fragment, number) for whole, fragment, script, number in found]
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # gpt2.py
 
@@ -8200,6 +8221,32 @@ class BenchViT(Bench):
         for name, change in changes.items():
             self.pflop(f"quarter{name}", self.RECIPE, 0.125, *map(str, change), *flags)
 
+    def cnn(self, *flags, pflop=0.125):
+        """ResNet-56 and a ViT of as many parameters, with crop and flip, and equal compute, on a tenth of the labels
+        and on all; each with that learning rate of three that a fifth of the compute chose, on validation images."""
+        scripts = {name: importlib.import_module(name) for name in ("vit", "resnet")}
+        vit, resnet = scripts.values()
+        macs = {"vit": vit.count_macs(vit.load_vit(vit.Config(arch="mini", patch_size=4), 10), 32),
+                "resnet": resnet.count_macs(resnet.load_network(resnet.Config(arch="resnet56"), 10), 32)}
+        own = {"vit": "--arch mini --patch_size 4 --label_smoothing 0", "resnet": "--arch resnet56"}
+        for script, rates in dict(vit=(5e-4, 1e-3, 2e-3), resnet=(0.05, 0.1, 0.2)).items():
+            bench = Bench()
+            bench.script = script  # logs in assets/logs/vit/ and assets/logs/resnet/
+
+            def run(name, share, *more):
+                steps = round(share * 1e15 * float(pflop) / (6 * 128 * macs[script]))
+                last = bench.train(name, *"--data cifar10 --batch_size 128 --log_every 50".split(),
+                                   *own[script].split(), "--steps", steps, "--eval_every", math.ceil(steps / 10),
+                                   *more, *flags)
+                rows = [json.loads(line) for line in open(f"out/bench/{name}/log.jsonl")]
+                best = max(row["val_accuracy"] for row in rows if "val_accuracy" in row)
+                print(script, name, f"validation {best:.4f}, test {last['test_accuracy']:.4f}", flush=True)
+                return best
+
+            rate = max(rates, key=lambda lr: run(f"equal_fifth_lr{lr}", 0.2, "--lr", lr))
+            for labels in (0.1, 1.0):
+                run(f"equal_labels{labels}", 1, "--lr", rate, "--labels", labels)
+
     def speed(self, rounds=5):
         """A training step of 192 × 6, patch 4, batch 256: vit.py's against the same model from torch's modules and
         scaled_dot_product_attention, eager, in fp32 and under bf16 autocast; and the share of augmentation in it."""
@@ -8502,6 +8549,22 @@ class BenchSimCLR(Bench):
                               "--batch_size", 512, "--optimizer", "sgd", "--temperature", t, "--warmup", 500,
                               "--epochs", 100, "--seed", seed, *flags)
             print(loss, seed, {key: last[key] for key in ("test_knn", "test_linear", "seconds")}, flush=True)
+
+
+class BenchReadme:
+    """python tests.py BenchReadme.NAME, where NAME is one of the methods."""
+
+    def lines(self):
+        """Point the README's links to lines at where the first line with that text now is."""
+        text = (HERE / "README.md").read_text()
+        for whole, script, fragment, number in readme_links(text):
+            lines = (HERE / script).read_text().splitlines()
+            now = next((i for i, line in enumerate(lines, 1) if fragment in line), None)
+            if now is None:
+                print(f"{script} has no line with {fragment}")
+            else:
+                text = text.replace(whole, whole.replace(f"#L{number}", f"#L{now}"))
+        (HERE / "README.md").write_text(text)
 
 
 class BenchPuzzles:

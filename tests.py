@@ -284,10 +284,65 @@ class TestHouse(Case):
             self.assertIn(fragment, "".join(lines[int(number) - 1:int(number)]), f"{script}#L{number}: python tests.py "
                           "BenchReadme.lines mends it")
 
+    def test_readme_figures(self):
+        """The README's figures are those of the logs."""
+        readme = re.sub(r"\s+", " ", (HERE / "README.md").read_text())
+        for name, said in FIGURES:
+            log = (HERE / "assets" / "logs" / f"{name}.jsonl").read_text().splitlines()
+            row = {k: v + 1e-9 if type(v) is float else v for k, v in json.loads(log[-1]).items()}  # 0.1445: 0.145
+            said = re.sub(r"\s+", " ", said.format(**row))
+            self.assertTrue(said in readme, f"{name}: the README lacks {said!r}")
+
+    def test_readme_optimizers(self):
+        """The table of optimisers is what the logs of three seeds say."""
+        for name, lr in ("muon", 0.03), ("adamw", 0.008), ("lion", 0.001), ("sophia", 0.001), ("adam", 0.016):
+            logs = [HERE / "assets" / "logs" / "gpt2" / f"{name}_lr{lr}_seed{seed}.jsonl" for seed in (1, 2, 3)]
+            last = [json.loads(log.read_text().splitlines()[-1]) for log in logs]
+            loss, seconds = ([row[key] for row in last] for key in ("val_loss", "seconds"))
+            self.assertIn(f"| {name} | {lr} | {statistics.mean(loss):.3f} ± {statistics.stdev(loss):.3f} | "
+                          f"{statistics.mean(seconds):.0f} |", (HERE / "README.md").read_text())
+
     def test_readme_files(self):
         """Pictures, logs and scripts that the README links to are there."""
         for path in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", (HERE / "README.md").read_text()):
             self.assertTrue((HERE / path).exists(), path)
+
+
+# what the README says, and whose log's last row says so
+FIGURES = [
+    ("gpt2/python_seed1337", "val loss {val_loss:.4f} | perplexity {perplexity:.2f} | {bits_per_byte:.4f} bits per byte"),
+    ("gpt2/python_seed1337", "| best {best_val_loss:.4f} | {seconds:.0f} s of training | peak {peak_mb:.0f} MB"),
+    ("gpt2/shakespeare_seed1337", "Shakespeare by bytes: validation loss {val_loss:.3f} in {seconds:.0f} s"),
+    ("resnet/default_seed0", "test accuracy {test_accuracy:.4f} | averaged with the mirror's logits "
+                             "{test_accuracy_mirror:.4f} | over six views {test_accuracy_six_views:.4f}"),
+    ("resnet/default_seed0", "{seconds:.0f} s of training | peak {peak_mb:.0f} MB"),
+    ("resnet/fast_seed0", "{test_accuracy:.2%} of the test images, {test_accuracy_six_views:.2%} with logits averaged"),
+    ("resnet/fast_seed0", "{test_accuracy:.2%} on the test images, {test_accuracy_six_views:.2%} averaged over six"),
+    *((f"resnet/figure6_{kind}{depth}", "{test_accuracy:.1%}") for kind in ("plain", "resnet") for depth in (20, 56)),
+    *((f"resnet/norm_{norm}_batch{batch}", "{test_accuracy:.3f}") for norm, batch in
+      (("batch", "256_lr0.2"), ("layer", "256_lr0.05"), ("none", "256_lr0.0125"), ("batch", "2_lr0.005"),
+       ("layer", "2_lr0.005"), ("none", "2_lr0.005"))),
+    ("vit/default_seed0", "drawn shapes: {test_accuracy:.1%} of the test images"),
+    ("vit/default_seed0", "{test_accuracy:.1%} of the test images are right"),
+    ("vit/default_seed0", "({seconds:.0f} s on one core"),
+    ("mae/default_seed0", "linear probe on the test images: {test_linear:.3f}, random init "
+                          "{test_linear_random_init:.3f}"),
+    ("mae/default_seed0", "({seconds:.0f} s of training in bfloat16"),
+    *(("mae/default_seed0", f"{label:>12}" + "".join(
+        f"{{test_{key}{suffix}:>12.4f}}" for key in ("knn", "linear", "linear_10%", "linear_1%", "rankme", "std")))
+      for label, suffix in (("mae", ""), ("random_init", "_random_init"), ("pixels", "_pixels"))),
+    ("simclr/default_seed0", "kNN on the test images: {test_knn:.3f}, random init {test_random_init_knn:.3f}, pixels "
+                             "{test_pixels_knn:.3f}"),
+    ("simclr/default_seed0", "({seconds:.0f} s of training in bfloat16"),
+    *(("simclr/default_seed0", f"{label:>12}" + "".join(
+        f"{{test_{of}{key}:>12.4f}}" for key in ("knn", "linear", "linear_10%", "linear_1%", "rankme", "std")))
+      for label, of in (("simclr", ""), ("random_init", "random_init_"), ("pixels", "pixels_"))),
+    ("flash_attn/default_seed0", "after {seconds:.0f} s of training"),
+    ("flash_attn/default_seed0", "keeps {kept_mb:.1f} MB of a sequence"),
+    ("flash_attn/default_seed0", "naive attention keeps {kept_naive_mb:.1f} MB"),
+    ("puzzles/train_seed0", "test loss {test_loss:.4f} | accuracy {test_accuracy:.4f} | {seconds:.0f} s of training | "
+                            "peak {peak_mb:.0f} MB"),
+]
 
 
 def readme_links(text):

@@ -253,9 +253,9 @@ def kept_patches(N, mask_ratio):
     return K
 
 
-def init_official(module):
-    """Weights as in [1] §A.1 and its code, for nn.Module.apply: Xavier, q, k and v as one matrix, and the patch
-    projection as if it were a linear layer. Its bias stays as torch draws it; other biases are 0, norms 1 and 0."""
+def init_xavier(module):
+    """Weights as in arXiv 2111.06377v3 §A.1 and its code, for nn.Module.apply: Xavier, q, k and v as one matrix, the
+    patch projection as a linear layer. Its bias stays as torch draws it; other biases are 0, norms 1 and 0."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
@@ -290,7 +290,7 @@ class MAE(nn.Module):
         self.decoder_blocks = nn.ModuleList(Block(decoder_dim, decoder_heads) for _ in range(decoder_depth))
         self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
         self.decoder_pred = nn.Linear(decoder_dim, 3 * patch_size**2)
-        self.apply(init_official)
+        self.apply(init_xavier)
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, decoder_dim))
         if class_token:
             self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
@@ -552,10 +552,10 @@ def linear_probe(train_z, train_y, val_z, val_y, test_z, test_y, rates=(1e-3, 3e
     """
     mean, std = train_z.mean(dim=0), (train_z.var(dim=0, unbiased=False) + 1e-6).sqrt()
     train_z, val_z, test_z = (F.pad((z - mean) / std, (0, 1), value=1.0) for z in (train_z, val_z, test_z))  # a bias
-    N, C = train_z.shape
-    labels, batch_size = F.one_hot(train_y).to(train_z.dtype), min(batch_size, N)  # (N, classes)
+    (N, C), batch_size = train_z.shape, min(batch_size, len(train_z))  # C counts the bias
+    labels = F.one_hot(train_y).to(train_z.dtype)  # (N, classes)
     steps, generator = max(at_least, epochs * N // batch_size), torch.Generator().manual_seed(seed)
-    W = train_z.new_zeros(C, len(rates), labels.size(1))  # (C + 1, R, classes)
+    W = train_z.new_zeros(C, len(rates), labels.size(1))  # (C, R, classes)
     momentum, rate = torch.zeros_like(W), train_z.new_tensor(rates)[:, None]
 
     def logits(z):  # (b, R, classes), in one product

@@ -5,7 +5,7 @@
 """SimCLR, MoCo and VICReg: learn what images show from one demand: two distorted views of an image should look alike.
 
 An encoder that gives every image the same vector meets it too, so something must keep vectors apart, and in that
-alone the three differ. SimCLR [1] pushes each view away from all others of its batch, which has to be large;
+above all the three differ. SimCLR [1] pushes each view away from all others of its batch, which has to be large;
 MoCo [2] [3] from a queue of older vectors, so that a small batch will do; VICReg [4] compares no two
 images: it asks each dimension to vary over the batch, and any two not to vary together.
 
@@ -27,11 +27,11 @@ What to expect (torch 2.13.0, two cores of an AMD EPYC, seed 0, n = 1; logs in a
 
 Differs from the papers: all three see the same views, with [1]'s colours for CIFAR-10 and no blur (VICReg's
 own differ between the two views and invert bright pixels); encoders are small; what is left of an epoch after its
-last whole batch is dropped. --batch_size is per process: N processes do what one does with the joined batch, but
-that MoCo's running statistics are the first one's, and that with --chunk batch norm sees a chunk of each at a time.
+last whole batch is dropped. --batch_size is per process: N processes do what one does with the joined batch. But
+MoCo's running statistics are the first one's, and with --chunk batch norm sees a chunk of each at a time.
 
-Shapes: B batch of a process, N views or images in a loss, C channels or features, K keys in the queue; images are
-(B, 3, height, width), uint8 until augmented.
+Shapes: B batch of a process, N views or images in a loss, C channels or features (D in VICReg's loss), K keys in the
+queue; images are (B, 3, height, width), uint8 until augmented.
 
 [1] Chen et al. 2020, SimCLR, arXiv 2002.05709v3        [2] He et al. 2019, MoCo, arXiv 1911.05722v3
 [3] Chen et al. 2020, MoCo v2, arXiv 2003.04297v1       [4] Bardes et al. 2021, VICReg, arXiv 2105.04906v3
@@ -70,7 +70,7 @@ class Config:
     # augmentation: each view draws its own
     augment: str = "full"  # full, or crop_flip: colours stay, and tell which views are of one image
     crop_min: float | None = None  # least share of the area that a view shows; None: 0.2, 0.4 for shapes
-    jitter: float | None = None  # s: ±80% s brightness, contrast, saturation, ±72° s hue; None: 0.5, 1 for shapes
+    jitter: float | None = None  # s: brightness, contrast, saturation × (1 ± .8 s), hue ± 72° s; None: 0.5, shapes 1
     grey: float | None = None  # probability that a view loses its colours; None: 0.2, 0.8 for shapes
     blur: float = 0.0  # probability that it is blurred; [1] §A has 0.5, its §B.9 none for CIFAR-10
     show_augment: bool = False  # write augment.png, a sheet of pairs of views, and train nothing
@@ -84,15 +84,15 @@ class Config:
     loss: str = "simclr"  # simclr, moco or vicreg
     temperature: float = 0.2  # cosines are divided by it; [3] has 0.2, [1] §B.9 for CIFAR-10 0.5
     chunk: int = 0  # images per pass in which a batch's gradient is computed (simclr, vicreg); 0: all at once
-    queue: int = 4096  # keys that moco keeps, a multiple of a step's images; [2] has 65536 for ImageNet
+    queue: int = 4096  # moco's keys, a multiple of a step's images, well below all images; [2]: 65536 for ImageNet
     momentum: float = 0.99  # of moco's key encoder; [2] has 0.999 for ImageNet
     bn_splits: int = 8  # parts of moco's batch that batch norm standardises each on its own, as so many GPUs would
-    invariance: float = 25.0  # weights of vicreg's three terms [4] §4.2
-    variance: float = 25.0  # 0 lets it collapse
-    covariance: float = 1.0  # 0 lets dimensions say the same
+    invariance: float = 25.0  # vicreg: weight of the views' distance [4] §4.2
+    variance: float = 25.0  # vicreg: weight of the hinge on standard deviations; 0 lets features collapse
+    covariance: float = 1.0  # vicreg: weight of covariances; 0 lets dimensions say the same
     # optimiser
     optimizer: str = "adamw"  # adamw, which is quick; sgd with momentum 0.9; lars, for large batches
-    lr: float | None = None  # peak learning rate; None: .002 (adamw), .06 (sgd) or .3 (lars) × images of a step / 256
+    lr: float | None = None  # peak learning rate; None: .002 (adamw), images of a step / 256 × .06 (sgd) or .3 (lars)
     weight_decay: float | None = None  # on weights alone; None: .05 (adamw), 5e-4 (sgd), 1e-6 (lars)
     warmup: int = 50  # steps of linear warm-up
     batch_size: int = 64  # images, of two views each, per process
@@ -264,7 +264,7 @@ def batch_index(n, batch_size, seed, step, slot, slots):
 def views(c, images, step, batch, at):
     """Views number at (n,) of the 2 · batch of a step, normalised: (n, 3, S, S). View i shows its image i % batch.
 
-    images (N, 3, S, S) are uint8. A view depends on (seed, step, i) alone: any process can make any of them.
+    images (N, 3, S, S) are uint8. A view depends on (seed, step, batch, i) alone: any process can make any of them.
     """
     n, rng = 2 * batch, np.random.default_rng((c.seed, 2, step))
     boxes, mirror = crop_boxes(rng, n, images.size(3), c.crop_min)[:, at], rng.random(n)[at] < 0.5
@@ -290,8 +290,8 @@ def views(c, images, step, batch, at):
 # ---- objectives: what keeps vectors apart --------------------------------------------------------------------------
 
 class Gather(torch.autograd.Function):
-    """The rows of all processes, (N, C) -> (world · N, C), with a gradient: a row's is the sum of what each one's
-    loss asks of it, which DistributedDataParallel's mean over processes makes the joined loss's. With
+    """The rows of all processes, (N, C) -> (world · N, C), with a gradient: backward sums, over processes, what each
+    one's loss asks of our rows. DistributedDataParallel then averages, and that is the joined loss's gradient. With
     torch.distributed.all_gather, which has none, a view would learn as a query, never as another's candidate."""
 
     @staticmethod
@@ -324,8 +324,8 @@ def at_least_fp32(v):
 
 
 def in_fp32(loss):
-    """A loss that computes in at least fp32, whatever it is given and autocast says: bfloat16 has three digits, and
-    exp(cosine / temperature) makes much of the next."""
+    """A loss that computes in at least fp32, whatever it is given and autocast says: bfloat16 has about three digits,
+    and dividing by a small temperature before the exponential magnifies what rounding has lost."""
     @functools.wraps(loss)
     def wrapped(*args, **more):
         args, more = [at_least_fp32(v) for v in args], {k: at_least_fp32(v) for k, v in more.items()}
@@ -339,8 +339,8 @@ def in_fp32(loss):
 def nt_xent(z1, z2, temperature):
     """SimCLR's loss of views z1, z2 (N, C): find each view's other half among the 2N - 1 other views, by cosine.
 
-    [1] eq. 1 and Algorithm 1, the mean over both directions. In several processes all compare with the views of
-    all, and the mean of their losses is the loss of the joined batch. Returns the loss and how often it was found.
+    [1] eq. 1 and Algorithm 1, the mean over both directions. In several processes candidates come from all, and the
+    mean of their losses is the joined batch's. Returns the loss and accuracy, the share of views that found theirs.
     """
     z, (rank, _) = F.normalize(torch.cat((z1, z2)), dim=1), process()
     n = len(z)  # 2N
@@ -377,8 +377,8 @@ def vicreg_loss(z1, z2, invariance=25.0, variance=25.0, covariance=1.0):
         z = z - z.mean(dim=0)
         # 1e-4 inside the root: where a dimension has collapsed, the root's slope would be infinite ([4] eq. 2)
         hinge = hinge + F.relu(1 - (z.var(dim=0) + 1e-4).sqrt()).mean() / 2  # eq. 1
-        C = z.T @ z / (N - 1)  # (D, D), eq. 3
-        off_diagonal = off_diagonal + (C - C.diagonal().diag()).square().sum() / D  # eq. 4
+        cov = z.T @ z / (N - 1)  # (D, D), eq. 3
+        off_diagonal = off_diagonal + (cov - cov.diagonal().diag()).square().sum() / D  # eq. 4
     loss = invariance * distance + variance * hinge + covariance * off_diagonal
     return loss, dict(invariance=distance.detach(), variance=hinge.detach(), covariance=off_diagonal.detach())
 
@@ -389,15 +389,15 @@ class BatchNorm(nn.BatchNorm2d):
     """Batch norm of (B, C) and (B, C, H, W): in SimCLR and VICReg with statistics of all processes' images, as one
     with the joined batch has ([1] §2.2), in MoCo with those of each of splits parts of the batch.
 
-    Statistics are a way to cheat: what they do to a view tells of the images around it. If a key's neighbours are its
-    query's, the two can be matched by that, and the loss falls while features get worse ([2] §3.3). SimCLR's
-    candidates all share one set of statistics, but a queue's keys come from other batches. So MoCo's query and key
-    must be standardised among different images: keys are shuffled, and the parts stand for [2]'s GPUs.
+    Statistics leak which images shared a batch. If a query and its key saw the same others, they can be matched by that
+    instead of by what they show, and the loss falls while features get worse ([2] §3.3). SimCLR's candidates all share
+    one set of statistics, but a queue's keys come from other batches. So MoCo's query and key must be standardised
+    among different images: keys are shuffled, and the parts stand for [2]'s GPUs.
 
     Running statistics, for evaluation, move only where a gradient will follow: --chunk's first pass leaves no trace.
     """
 
-    splits = 1  # 0: all processes' images together
+    splits = 1  # parts of a process's batch; 0: statistics over all processes' images
 
     def forward(self, x):
         if not self.training:
@@ -559,7 +559,7 @@ def init_transformer(module):
     """
     if isinstance(module, nn.Linear):
         C_out, C_in = module.weight.shape
-        C_out = C_out // 3 if C_out == 3 * C_in else C_out  # three matrices in one
+        C_out = C_out // 3 if C_out == 3 * C_in else C_out  # q, k and v in one: so give no MLP a ratio of 3
         nn.init.uniform_(module.weight, -((6 / (C_in + C_out)) ** 0.5), (6 / (C_in + C_out)) ** 0.5)
         nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Conv2d):
@@ -647,7 +647,8 @@ class Contrastive(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys, step):
-        """Put a step's keys (B, head_dim) in place of the oldest: the queue is a ring, and B divides its length."""
+        """Put a step's keys, of all processes (batch, head_dim), in place of the oldest: the queue is a ring, and
+        batch divides its length."""
         start = step * len(keys) % len(self.queue)
         self.queue[start:start + len(keys)] = keys
 
@@ -690,7 +691,8 @@ class LARS(torch.optim.Optimizer):
     """SGD with momentum whose gradient is as long, in proportion to the weights, in every layer: large batches want
     high rates, too high for layers with small weights and large gradients ([5] §4, as [1]'s code has it).
 
-    Each tensor's gradient, with decay, is scaled by trust · |weights| / |gradient|; that of 1-D tensors is not.
+    Each tensor's gradient, with decay, is scaled by trust · |weights| / |gradient|; that of 1-D tensors is not. [5]
+    divides by the sum of the gradient's and the decay's norms instead of by the norm of their sum.
     """
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust=1e-3):
@@ -704,7 +706,9 @@ class LARS(torch.optim.Optimizer):
                 if p.dim() > 1:
                     ratio = group["trust"] * p.norm() / g.norm()
                     g = g * torch.where((ratio > 0) & ratio.isfinite(), ratio, 1.0)  # either norm may be 0
-                v = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                v = self.state[p]["momentum_buffer"]
                 p.sub_(v.mul_(group["momentum"]).add_(g * group["lr"]))
 
 
@@ -765,7 +769,7 @@ def loss_backward(encode, x, c, last=lambda: None):
     for rows in chunks:
         if rows is chunks[-1]:
             last()
-        (at_least_fp32(encode(x[rows])) * z.grad[rows]).sum().backward()  # its gradient is z's times that of z
+        (at_least_fp32(encode(x[rows])) * z.grad[rows]).sum().backward()  # passes dL/dz, held fixed, on to parameters
     return loss, scores
 
 
@@ -782,9 +786,9 @@ def contrastive_step(model, raw, optimizer, autocast, images, c, step, steps, ra
         raw.follow(c.momentum)  # before the keys are made
         # any process can make any view: so the shuffle of [2] §3.3 needs no exchange of images
         order = np.random.default_rng((c.seed, 3, step)).permutation(batch)
+        x1, x2 = (views(c, images, step, batch, at) for at in (own, batch + order[own]))
         with autocast:
-            keys = raw.keys(views(c, images, step, batch, batch + order[own]))  # (B, C): second views
-            q = model(views(c, images, step, batch, own))
+            keys, q = raw.keys(x2), model(x1)  # (B, C) each
         keys = gather(keys)[torch.from_numpy(order.argsort()).to(keys.device)]  # (batch, C), back in order
         loss, scores = moco_loss(F.normalize(at_least_fp32(q), dim=1), keys[own], raw.queue, c.temperature)
         loss.backward()
@@ -842,10 +846,10 @@ def linear_probe(train_z, train_y, val_z, val_y, test_z, test_y, rates=(1e-3, 3e
     """
     mean, std = train_z.mean(dim=0), (train_z.var(dim=0, unbiased=False) + 1e-6).sqrt()
     train_z, val_z, test_z = (F.pad((z - mean) / std, (0, 1), value=1.0) for z in (train_z, val_z, test_z))  # a bias
-    N, C = train_z.shape
-    labels, batch_size = F.one_hot(train_y).to(train_z.dtype), min(batch_size, N)  # (N, classes)
+    (N, C), batch_size = train_z.shape, min(batch_size, len(train_z))  # C counts the bias
+    labels = F.one_hot(train_y).to(train_z.dtype)  # (N, classes)
     steps, generator = max(at_least, epochs * N // batch_size), torch.Generator().manual_seed(seed)
-    W = train_z.new_zeros(C, len(rates), labels.size(1))  # (C + 1, R, classes)
+    W = train_z.new_zeros(C, len(rates), labels.size(1))  # (C, R, classes)
     momentum, rate = torch.zeros_like(W), train_z.new_tensor(rates)[:, None]
 
     def logits(z):  # (b, R, classes), in one product
@@ -906,7 +910,7 @@ def alignment_and_uniformity(z1, z2):
     """How far apart two views' vectors (N, C) are, squared, and how evenly all lie on the sphere: the log of the mean
     of exp(-2 · squared distance) over pairs of images ([7] §4.1). Less is better; collapse gives 0 and 0."""
     z1, z2 = F.normalize(z1, dim=1), F.normalize(z2, dim=1)
-    uniformity = [F.pdist(z).square().mul(-2).exp().mean().log().item() for z in (z1, z2)]
+    uniformity = [F.pdist(z.cpu()).square().mul(-2).exp().mean().log().item() for z in (z1, z2)]
     return (z1 - z2).square().sum(dim=1).mean().item(), sum(uniformity) / 2
 
 
@@ -918,8 +922,9 @@ def evaluate(model, train, val, c, autocast):
     few, n = [t[:c.probe_images] for t in train], min(500, len(val[0]))
     encoders = {"ours": as_encode(model.encoder)}
     scores = probe_encoders(encoders, CIFAR10_STATS, few, val, val, (1.0,), autocast)["ours"]
+    x = views(c, val[0], 0, n, np.arange(2 * n))
     with autocast:
-        z1, z2 = model(views(c, val[0], 0, n, np.arange(2 * n))).float().chunk(2)
+        z1, z2 = model(x).float().chunk(2)
     alignment, uniformity = alignment_and_uniformity(z1, z2)
     return scores | dict(alignment=alignment, uniformity=uniformity, head_std=spread(z1))
 
@@ -1428,7 +1433,8 @@ def main(argv=None):
     except (MemoryError, RuntimeError) as error:  # torch has a RuntimeError for it, on a CPU a plain one
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        print(f"simclr.py: out of memory ({' '.join(str(error).split())[:200]}): try --chunk", file=sys.stderr)
+        print(f"simclr.py: out of memory ({' '.join(str(error).split())[:200]}): lower --batch_size, or give "
+              "--chunk (simclr, vicreg)", file=sys.stderr)
         return 1
     except SystemExit as error:  # --help
         return error.code or 0

@@ -63,6 +63,8 @@ SHORT = {"gpt2": ["--eval_tokens", 4096, "--sample_tokens", 8],  # flags that sh
          "resnet": ["--labels", 0.01, "--batch_size", 16, "--image_size", 16],
          "vit": ["--labels", 0.01, "--batch_size", 16], "flash_attn": ["--block_size", 64],
          "mae": ["--labels", 0.02, "--batch_size", 16, "--patch_size", 8, "--dim", 32, "--probe_images", 100],
+         "ijepa": ["--labels", 0.02, "--batch_size", 16, "--patch_size", 8, "--dim", 48, "--probe_images", 100,
+                   "--tsne_images", 100],
          "simclr": ["--labels", 0.01, "--batch_size", 16, "--width", 8, "--head_dim", 16, "--probe_images", 100,
                     "--eval_every", 3]}
 sys.path.insert(0, str(HERE))
@@ -310,7 +312,7 @@ class TestHouse(Case):
 
 # what the README says, and whose log's last row says so
 FIGURES = [
-    ("gpt2/python_seed1337", "val loss {val_loss:.4f} | perplexity {perplexity:.2f} | {bits_per_byte:.4f} bits per byte"),
+    ("gpt2/python_seed1337", "val loss {val_loss:.4f} | perplexity {perplexity:.2f} | {bits_per_byte:.4f} bits per"),
     ("gpt2/python_seed1337", "| best {best_val_loss:.4f} | {seconds:.0f} s of training | peak {peak_mb:.0f} MB"),
     ("gpt2/shakespeare_seed1337", "Shakespeare by bytes: validation loss {val_loss:.3f} in {seconds:.0f} s"),
     ("resnet/default_seed0", "test accuracy {test_accuracy:.4f} | averaged with the mirror's logits "
@@ -325,6 +327,14 @@ FIGURES = [
     ("vit/default_seed0", "drawn shapes: {test_accuracy:.1%} of the test images"),
     ("vit/default_seed0", "{test_accuracy:.1%} of the test images are right"),
     ("vit/default_seed0", "({seconds:.0f} s on one core"),
+    *((f"vit/{name}", "{test_accuracy:.2%}") for name in (
+        "recipe", "quarter", "quarter_trivial", "quarter_cutmix", "quarter_no_conv_stem", "quarter_plain")),
+    ("ijepa/default_seed0", "linear probe on the test images: {test_linear:.3f}, random init "
+                            "{test_linear_random_init:.3f}"),
+    ("ijepa/default_seed0", "({seconds:.0f} s of training on one core"),
+    *(("ijepa/default_seed0", f"{label:>12}" + "".join(
+        f"{{test_{key}{suffix}:>12.4f}}" for key in ("knn", "linear", "linear_10%", "linear_1%", "rankme", "std")))
+      for label, suffix in (("ijepa", ""), ("random_init", "_random_init"), ("pixels", "_pixels"))),
     ("mae/default_seed0", "linear probe on the test images: {test_linear:.3f}, random init "
                           "{test_linear_random_init:.3f}"),
     ("mae/default_seed0", "({seconds:.0f} s of training in bfloat16"),
@@ -3276,7 +3286,9 @@ def slow_colour(x, kind, s):
                      for di in (-1, 0, 1) for dj in (-1, 0, 1)) / 13
         bits = round(4 * abs(s))  # that are lost
         stretched = (p - min(whole)) * 255 / max(1, max(whole) - min(whole))
-        rank = 255 * sum(q <= p for q in whole) / len(whole)
+        stretched = p if max(whole) == min(whole) else stretched
+        darker = [sum(q < r for q in whole) for r in (p, max(whole))]
+        rank = 255 * darker[0] / darker[1] if darker[1] else p
         y[c, i, j] = [p, p * (1 + 0.9 * s), grey[i][j] + (p - grey[i][j]) * (1 + 0.9 * s),
                       mean + (p - mean) * (1 + 0.9 * s), around + (p - around) * (1 + 0.9 * s),
                       255 - p if p >= 256 * (1 - abs(s)) else p, int(p) >> bits << bits,
@@ -3670,7 +3682,7 @@ class TestViT(Case):
                 self.close(model(x), want, 1e-5)
             self.assertEqual(model.settings, dict(
                 image_size=24, patch_size=8, dim=dim, depth=2, heads=heads or 2, num_classes=7, mlp_ratio=3.0,
-                pool="cls", pos="learned", conv_stem=False))
+                pool="cls", pos="learned", conv_stem=False, stats="imagenet"))
 
     def test_deit_weights(self):
         """A file as DeiT's: logits as a slow model's; with a mean for the class token, another size of images,
@@ -3703,8 +3715,10 @@ class TestViT(Case):
             self.vit.ViT.from_pretrained(self.dir / "mean.pth", heads=2, pool="cls")
         headless = {k: t for k, t in w.items() if not k.startswith("head.")}
         self.assertEqual(self.vit.ViT.from_pretrained(self.pth("h.pth", headless)).head.weight.shape, (10, 64))
-        self.assertEqual(load().stats, self.vit.CIFAR10_STATS)
-        self.assertEqual(load(image_size=96).stats, ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        self.assertEqual(load().stats, ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        self.assertEqual(load(stats="cifar10").stats, self.vit.CIFAR10_STATS)
+        self.assertEqual([self.vit.ViT(size, 8, 8, 1, 1, 2).settings["stats"] for size in (64, 72)],
+                         ["cifar10", "imagenet"])
 
     def test_official_download(self):
         """A name downloads the file from its publisher, unless its hash differs; heads are the name's."""
@@ -3854,7 +3868,7 @@ class TestViT(Case):
         x = torch.randperm(256).view(1, 1, 16, 16).repeat(1, 3, 1, 1).float() / 4  # four pixels of each of 64 values
         one = torch.ones(1, 1, 1, 1)
         values, counts = self.vit.equalize(x.floor(), one).unique(return_counts=True)
-        self.close(values, torch.arange(1, 65) * 255 / 64, 1e-6)
+        self.close(values, torch.arange(64) * 255 / 63, 1e-6)
         self.assertEqual(set(counts.tolist()), {12})
         y = self.vit.autocontrast(x.floor(), -one)
         self.assertEqual((y.min().item(), y.max().item()), (0, 255))
@@ -4348,7 +4362,9 @@ class TestViT(Case):
         self.assertEqual((config, config["pool"]), (a.ckpt["config"], "mean"))
         self.assertEqual(a.ckpt["encoder_config"], dict(
             image_size=32, patch_size=4, dim=32, depth=2, heads=2, num_classes=10, mlp_ratio=4.0, pool="mean",
-            pos="learned", conv_stem=False))
+            pos="learned", conv_stem=False, stats="cifar10"))
+        larger = self.vit.ViT.from_pretrained(a.out / "ckpt.pt", image_size=96)  # other images of the same kind
+        self.assertEqual(larger.stats, self.vit.CIFAR10_STATS)
         self.assertEqual(list(a.losses), [3, 6, 9, 12])
         self.assertEqual(list(a.val), [0, 6, 12])
         self.assertAlmostEqual(a.val[0], math.log(10), places=5)  # the head is 0
@@ -6888,6 +6904,14 @@ class TestSimCLR(Case):
         x, y = drawn(self.draw, n, seed)
         return x[:, :, ::2, ::2], y
 
+    def test_bfloat16(self):
+        """Every objective trains in bfloat16, its views made in float32."""
+        for loss in ("simclr", "moco", "vicreg"):
+            a = self.train("a", "--loss", loss, "--blur", 0.5, "--dtype", "bfloat16", "--steps", 2, "--eval_every", 2)
+            self.assertTrue(all(t.dtype == torch.float32 for t in a.ckpt["encoder"].values() if t.is_floating_point()))
+            x = self.simclr.views(self.config(blur=1.0), self.images(8), 0, 8, np.arange(16))
+            self.assertEqual(x.dtype, torch.float32)
+
     def test_collapse(self):
         """Without its variance term VICReg lets its vectors shrink to one, and the log shows it."""
         flags = ["--loss", "vicreg", "--steps", 30, "--eval_every", 30, "--log_every", 5, "--optimizer", "sgd", "--lr",
@@ -7211,6 +7235,1223 @@ class TestSimCLR(Case):
         done = child(HERE / "simclr.py", "--temperature", "0", cwd=self.dir)
         self.assertEqual((done.returncode, done.stdout, snapshot(self.dir)), (2, "", {}))
         self.assertRegex(done.stderr, r"\Asimclr\.py: [^\n]+\n\Z")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# ijepa.py
+
+
+def slow_pairs(w, prefix=""):
+    """A block's arguments for slow_encoder_block, one block after the other, of a state dict."""
+    n = 0
+    while f"{prefix}blocks.{n}.norm1.weight" in w:
+        yield [(w[f"{prefix}blocks.{n}.{part}.weight"], w[f"{prefix}blocks.{n}.{part}.bias"])
+               for part in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")]
+        n += 1
+
+
+def slow_ijepa_encoder(w, image, ids, heads):
+    """An image's patches ids alone, (K, C), by official names: nothing else of the image is there."""
+    x = slow_patches(image[None], w["patch_embed.proj.weight"], w["patch_embed.proj.bias"]) + w["pos_embed"]
+    x = torch.stack([x[0, i] for i in ids])[None]
+    for pairs in slow_pairs(w):
+        x = slow_encoder_block(x, heads, *pairs)
+    return slow_layer_norm(x, w["norm.weight"], w["norm.bias"])[0]
+
+
+def slow_ijepa_predictor(w, context, context_ids, target_ids, heads):
+    """An image's predictions (M, C) for one block of patches, from the encoder's (K, C) of patches context_ids."""
+    x = context @ w["predictor_embed.weight"].T + w["predictor_embed.bias"]
+    x = [row + w["predictor_pos_embed"][0, i] for row, i in zip(x, context_ids)]
+    x = torch.stack(x + [w["mask_token"][0, 0] + w["predictor_pos_embed"][0, i] for i in target_ids])[None]
+    for pairs in slow_pairs(w, "predictor_"):
+        x = slow_encoder_block(x, heads, *pairs)
+    x = slow_layer_norm(x, w["predictor_norm.weight"], w["predictor_norm.bias"])[0, len(context_ids):]
+    return x @ w["predictor_proj.weight"].T + w["predictor_proj.bias"]
+
+
+def slow_ijepa_loss(w, w_target, w_predictor, images, contexts, blocks, heads, predictor_heads):
+    """The loss in loops: smooth L1 between each prediction and what the target encoder says of the full image there,
+    less its mean, over its deviation. contexts: ids of each image; blocks: of each image, four lists of ids."""
+    total, count = 0.0, 0
+    for image, context_ids, targets in zip(images, contexts, blocks):
+        z = slow_ijepa_encoder(w_target, image, range(w["pos_embed"].size(1)), heads)
+        z = z - z.mean(1, keepdim=True)
+        z = z / ((z**2).mean(1, keepdim=True) + 1e-5) ** 0.5
+        context = slow_ijepa_encoder(w, image, context_ids, heads)
+        for ids in targets:
+            error = slow_ijepa_predictor(w_predictor, context, context_ids, ids, predictor_heads) - torch.stack(
+                [z[i] for i in ids])
+            small = error.abs() < 1
+            total = total + torch.where(small, error**2 / 2, error.abs() - 0.5).sum()
+            count += error.numel()
+    return total / count
+
+
+def official_ijepa_shapes(dim, depth, patch, image, predictor_dim, predictor_depth, encoder=True):
+    """Names and shapes of the published encoder, or of its predictor."""
+    N = (image // patch) ** 2
+    if encoder:
+        shapes = {"pos_embed": (1, N, dim), "patch_embed.proj.weight": (dim, 3, patch, patch),
+                  "patch_embed.proj.bias": (dim,), "norm.weight": (dim,), "norm.bias": (dim,)}
+    else:
+        D = predictor_dim
+        shapes = {"mask_token": (1, 1, D), "predictor_pos_embed": (1, N, D), "predictor_embed.weight": (D, dim),
+                  "predictor_embed.bias": (D,), "predictor_norm.weight": (D,), "predictor_norm.bias": (D,),
+                  "predictor_proj.weight": (dim, D), "predictor_proj.bias": (dim,)}
+    name, C, n = ("blocks", dim, depth) if encoder else ("predictor_blocks", predictor_dim, predictor_depth)
+    for i, (part, *shape) in itertools.product(range(n), (
+            ("norm1", C), ("attn.qkv", 3 * C, C), ("norm2", C), ("attn.proj", C, C), ("mlp.fc1", 4 * C, C),
+            ("mlp.fc2", C, 4 * C))):
+        shapes |= {f"{name}.{i}.{part}.weight": tuple(shape), f"{name}.{i}.{part}.bias": (shape[0],)}
+    return shapes
+
+
+def slow_conditionals(x, perplexity):
+    """t-SNE's p_{j|i}: for each row the width of the Gaussian at which the row's perplexity is that, by a scan."""
+    N, rows = len(x), []
+    for i in range(N):
+        d = torch.stack([((x[i] - x[j]) ** 2).sum() for j in range(N) if j != i])
+        low, high = -30.0, 30.0  # of the logarithm of the precision
+        for _ in range(80):
+            p = torch.softmax(-d * math.exp((low + high) / 2), 0)
+            entropy = -(p * p.clamp(min=1e-300).log()).sum()
+            low, high = ((low + high) / 2, high) if entropy > math.log(perplexity) else (low, (low + high) / 2)
+        rows.append(torch.cat((p[:i], p.new_zeros(1), p[i:])))
+    return torch.stack(rows)
+
+
+def slow_kl(P, y):
+    """KL(P ‖ Q) of a map y (N, 2): Q from Student's t with one degree of freedom, over all pairs."""
+    weights = 1 / (1 + (y[:, None] - y[None]).square().sum(2))
+    weights = weights * (1 - torch.eye(len(y), dtype=y.dtype))
+    Q = weights / weights.sum()
+    there = P > 0
+    return (P[there] * (P[there] / Q[there]).log()).sum()
+
+
+def small_ijepa():
+    """A patch of ijepa.py for runs that take half a second: few images, and short probes."""
+    import ijepa
+    draw, few = ijepa.make_shapes, {10000: 160, 1000: 40, 2000: 40}
+    return mock.patch.multiple(
+        ijepa, make_shapes=lambda n, seed: drawn(draw, few.get(n, n), seed),
+        linear_probe=functools.partial(ijepa.linear_probe, epochs=1, at_least=4, rates=(0.1, 1)))
+
+
+class TestIJEPA(Case):
+    @classmethod
+    def setUpClass(cls):
+        import ijepa
+        cls.ijepa, cls.draw = ijepa, staticmethod(ijepa.make_shapes)
+        cls.threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+
+    @classmethod
+    def tearDownClass(cls):
+        torch.set_num_threads(cls.threads)
+        drawn.cache_clear()
+
+    def setUp(self):
+        super().setUp()
+        torch.manual_seed(0)
+        patch = small_ijepa()
+        patch.start()
+        self.addCleanup(patch.stop)
+        self.tiny = """--batch_size 16 --steps 12 --eval_every 6 --log_every 3 --warmup 2 --dtype float32 --dim 32
+            --patch_size 8 --depth 1 --heads 2 --predictor_dim 16 --predictor_depth 1 --predictor_heads 2
+            --probe_images 80""".split()
+
+    # helpers
+
+    def train(self, name, *flags, tiny=True, status=0):
+        """A small run into the folder name: its out, rows of the log, text, checkpoint."""
+        out = self.dir / name
+        got, text, err = run("ijepa", *(self.tiny if tiny else ()), "--out", out, *flags)
+        self.assertEqual(got, status, err)
+        return self.look(out, text, err)
+
+    def look(self, out, text="", err=""):
+        rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        return SimpleNamespace(out=out, rows=rows, text=text, err=err,
+                               ckpt=torch.load(out / "ckpt.pt", weights_only=True),
+                               losses={r["step"]: r["loss"] for r in rows if "loss" in r},
+                               val={r["step"]: r["val_loss"] for r in rows if "val_loss" in r})
+
+    def same_run(self, a, b):
+        """The same parameters, optimiser, best probe, and rows of the log but for times, bit for bit."""
+        for key in ("model", "optimizer", "step", "best", "encoder"):
+            self.same(a.ckpt[key], b.ckpt[key], key)
+        times = ("ms", "seconds", "images_per_s", "peak_mb")
+        self.assertEqual(*([{k: v for k, v in row.items() if k not in times} for row in r.rows] for r in (a, b)))
+
+    def bad(self, *flags, says=(), status=2):
+        """Bad input: the status, one line on stderr that begins with the script's name, nothing on disk changes."""
+        before = snapshot(self.dir)
+        with self.subTest(flags=" ".join(map(str, flags))[-90:]), folder(self.dir):
+            got, out, err = run("ijepa", *flags)
+            self.assertEqual(got, status, err)
+            self.assertRegex(err, r"\Aijepa\.py: [^\n]+\n\Z")
+            for word in [says] if isinstance(says, str) else says:
+                self.assertIn(str(word), err)
+            self.assertNotIn("Traceback", out)
+            self.assertTrue(snapshot(self.dir) == before, "files came, went or changed")
+
+    def encoder(self, image_size=16, patch_size=4, dim=24, depth=2, heads=3, seed=0):
+        """A small encoder in fp64 with random weights, its positions too; and those weights."""
+        model = self.ijepa.Encoder(image_size, patch_size, dim, depth, heads).double()
+        w = random_vit({k: tuple(t.shape) for k, t in model.state_dict().items()}, seed)
+        w = {k: t.double() for k, t in w.items()}
+        model.load_state_dict(w)
+        return model.eval(), w
+
+    def predictor(self, num_patches=16, dim=24, predictor_dim=16, depth=2, heads=2, seed=1):
+        model = self.ijepa.Predictor(num_patches, dim, predictor_dim, depth, heads).double()
+        w = random_vit({k: tuple(t.shape) for k, t in model.state_dict().items()}, seed)
+        w = {k: t.double() for k, t in w.items()}
+        model.load_state_dict(w)
+        return model.eval(), w
+
+    def images(self, n, size=32, seed=0):
+        g = torch.Generator().manual_seed(seed)
+        return torch.randint(0, 256, (n, 3, size, size), generator=g, dtype=torch.uint8)
+
+    def pixels(self, x, ids, patch=4):
+        """Where (3, S, S) the patches ids of an image are."""
+        grid = x.size(-1) // patch
+        where = torch.zeros(grid, grid, dtype=torch.bool)
+        where.view(-1)[list(ids)] = True
+        return where.repeat_interleave(patch, 0).repeat_interleave(patch, 1).expand(3, -1, -1)
+
+    def config(self, **more):
+        return self.ijepa.Config(**{"batch_size": 8, "steps": 20, "warmup": 3, **more})
+
+    # masks
+
+    def masks(self, batch, grid, seed=0, **more):
+        """Masks as sets: [(context, [four targets])], one pair for each image; what the contract says is checked."""
+        return self.as_sets(self.ijepa.sample_masks(batch, grid, self.generator(seed), **more), batch, grid)
+
+    def generator(self, seed):
+        return torch.Generator().manual_seed(seed)
+
+    def as_sets(self, masks, batch, grid):
+        context_ids, real, targets = masks
+        self.assertEqual((context_ids.dtype, real.dtype, context_ids.shape), (torch.int64, torch.bool, real.shape))
+        counts = real.sum(dim=1)
+        self.assertEqual((len(real), counts.max().item()), (batch, real.size(1)))  # no wider than it must be
+        self.same(real, torch.arange(real.size(1)) < counts[:, None])  # padding is at the end
+        self.assertGreater(counts.min().item(), 0)
+        self.assertEqual(len({t.shape for t in targets}), 1)  # one block size per batch
+        for ids in (context_ids, *targets):
+            self.assertTrue(ids.dtype == torch.int64 and 0 <= ids.min() and ids.max() < grid**2)
+        sets = []
+        for n, (ids, count) in enumerate(zip(context_ids.tolist(), counts.tolist())):
+            blocks = [t[n].tolist() for t in targets]
+            sets.append((set(ids[:count]), [set(b) for b in blocks]))
+            self.assertEqual((len(sets[-1][0]), [len(b) for b in sets[-1][1]]), (count, [len(b) for b in blocks]))
+        return sets
+
+    def box(self, ids, grid):
+        """First row, first column, height and width of the smallest rectangle around ids."""
+        rows, columns = zip(*(divmod(i, grid) for i in ids))
+        return min(rows), min(columns), max(rows) - min(rows) + 1, max(columns) - min(columns) + 1
+
+    def test_blocks(self):
+        """Targets are four rectangles, of .15 to .2 of the patches and an aspect of .75 to 1.5; the context is one of
+        .85 to 1 and square, less all of them."""
+        for grid, batches in ((8, 60), (14, 30), (24, 10)):
+            for seed in range(batches):
+                sets = self.masks(12, grid, seed)
+                [(h, w)] = {self.box(b, grid)[2:] for _, blocks in sets for b in blocks}
+                around = [self.box(context, grid)[2:] for context, _ in sets]
+                H, W = (max(sides) for sides in zip(*around))
+
+                def fits(h, w, scale, aspect, slack=0.51):
+                    """Some share and aspect of these ranges, rounded, gives these sides."""
+                    return any(abs(h - (s * grid**2 * a) ** 0.5) <= slack and abs(w - (s * grid**2 / a) ** 0.5) <= slack
+                               for s in np.linspace(*scale, 41) for a in np.linspace(*aspect, 61))
+
+                self.assertTrue(fits(h, w, (0.15, 0.2), (0.75, 1.5)), (grid, h, w))
+                self.assertTrue(fits(H, W, (0.85, 1), (1, 1), 1.01 if grid > 8 else 0.51), (grid, H, W))
+                for context, blocks in sets:
+                    self.assertEqual(len(blocks), 4)
+                    for b in blocks:
+                        y, x, _, _ = self.box(b, grid)
+                        self.assertEqual(b, {i * grid + j for i in range(y, y + h) for j in range(x, x + w)})
+                    gone = set().union(*blocks)
+                    self.assertFalse(context & gone)
+                    y, x, _, _ = self.box(context, grid)
+                    wanted = [{i * grid + j for i in range(top, top + H) for j in range(left, left + W)} - gone
+                              for top in range(max(0, y - H), min(y, grid - H) + 1)
+                              for left in range(max(0, x - W), min(x, grid - W) + 1)]
+                    self.assertIn(context, wanted)  # nothing but the targets is missing from the rectangle
+
+    def test_positions_of_blocks(self):
+        """Every place at which a block fits is as likely, the last row and column too, and each image's its own."""
+        B, grid = 6000, 8
+        context_ids, real, targets = self.ijepa.sample_masks(B, grid, self.generator(3))
+
+        def sides(ids):  # (B, M): the height and width of each image's
+            return [(t.amax(1) - t.amin(1) + 1).max().item() for t in (ids // grid, ids % grid)]
+
+        h, w = sides(targets[0])
+        places = (grid - h + 1) * (grid - w + 1)
+        corners = torch.stack([ids.amin(dim=1) for ids in targets])  # (4, B)
+        for first in corners:
+            counts = torch.bincount(first, minlength=grid**2).double()
+            self.assertEqual((counts > 0).sum().item(), places)
+            chi = ((counts[counts > 0] - B / places) ** 2 / (B / places)).sum().item()
+            self.assertLess(abs(chi - (places - 1)), 6 * (2 * (places - 1)) ** 0.5)
+        self.assertLess((torch.corrcoef(corners.double()) - torch.eye(4)).abs().max().item(), 0.1)
+        # a context's patch: in the rectangle, and in none of the targets, all of which lie anywhere
+        H, W = sides(context_ids.where(real, context_ids[:, :1]))
+
+        def covers(size):
+            """The probability that a line's i-th patch is in an interval of that size which lies anywhere."""
+            places = grid - size + 1
+            return torch.tensor([sum(top <= i < top + size for top in range(places)) / places for i in range(grid)])
+
+        inside = covers(H)[:, None] * covers(W)
+        free = (1 - covers(h)[:, None] * covers(w)) ** 4
+        found = torch.bincount(context_ids[real], minlength=grid**2).view(grid, grid) / B
+        expected = inside * free
+        self.assertLess(((found - expected).abs() / (expected * (1 - expected) / B).sqrt()).max().item(), 5)
+
+    def test_draws(self):
+        """Share and aspect of the targets and the context's share come from draws of their own, and fill their
+        ranges."""
+        drawn_ = []
+        for seed in range(300):
+            context_ids, real, targets = self.ijepa.sample_masks(6, 32, self.generator(seed))
+            first = targets[0][0]
+            h, w = ((t.max() - t.min() + 1).item() for t in (first // 32, first % 32))
+            ids = context_ids[real]
+            side = max((t.max() - t.min() + 1).item() for n in range(6) for ids in [context_ids[n][real[n]]]
+                       for t in (ids // 32, ids % 32))
+            drawn_.append((h * w / 1024, math.log(h / w), side))
+        scale, aspect, side = torch.tensor(drawn_).T
+        self.assertTrue(0.135 < scale.min() < 0.158 and 0.19 < scale.max() < 0.215, (scale.min(), scale.max()))
+        ratios = aspect.exp()
+        self.assertTrue(0.7 < ratios.min() < 0.82 and 1.4 < ratios.max() < 1.6, (ratios.min(), ratios.max()))
+        self.assertEqual((side.min().item() in (29, 30), side.max().item() in (31, 32)), (True, True))
+        self.assertLess((torch.corrcoef(torch.stack((scale, aspect, side))) - torch.eye(3)).abs().max().item(), 0.25)
+
+    def test_coverage(self):
+        """10,000 draws on 8 × 8: every patch occurs as context and as target, the commonest not much more often."""
+        seen, generator = torch.zeros(2, 64), self.generator(0)
+        for _ in range(400):
+            context_ids, real, targets = self.ijepa.sample_masks(25, 8, generator)
+            seen[0] += torch.bincount(context_ids[real], minlength=64)
+            seen[1] += torch.bincount(torch.cat(targets, dim=1).flatten(), minlength=64)
+        most = seen.amax(dim=1) / seen.amin(dim=1)
+        self.assertTrue(most[0] <= 6 and most[1] <= 15, most)
+
+    def test_every_grid(self):
+        """It ends on every grid from 3 × 3 to 32 × 32, with nothing empty; the generator decides everything."""
+        for grid in range(3, 33):
+            for seed in range(4):
+                sets = self.masks(16, grid, seed)
+                for context, blocks in sets:
+                    self.assertTrue(context and all(blocks) and not context & set().union(*blocks), grid)
+        generator, again = self.generator(5), self.generator(5)
+        first = self.ijepa.sample_masks(9, 8, generator)
+        torch.manual_seed(1)
+        np.random.seed(1)
+        self.same(list(first), list(self.ijepa.sample_masks(9, 8, again)))
+        second = self.ijepa.sample_masks(9, 8, generator)
+        self.same(list(second), list(self.ijepa.sample_masks(9, 8, again)))
+        self.assertFalse(torch.equal(first[2][0][:, 0], second[2][0][:, 0]))
+        states = torch.get_rng_state()
+        self.ijepa.sample_masks(9, 8, generator)
+        self.assertTrue(torch.equal(states, torch.get_rng_state()))  # the global state is left alone
+
+    # encoder and predictor
+
+    def encode(self, model, images, ids, real=None):
+        return model(images, ids, real)
+
+    def predict(self, model, context, context_ids, real, target_ids):
+        return model(context, context_ids, target_ids, real)
+
+    def some_ids(self, B, K, N=16, seed=0):
+        """K different patches of each of B images, in any order: (B, K)."""
+        return torch.rand(B, N, generator=torch.Generator().manual_seed(seed)).argsort(dim=1)[:, :K]
+
+    def test_encoder(self):
+        """On some patches, in any order, against a loop that has nothing else; gradients, too. On all it is the
+        encoder of the full image, permuted."""
+        model, w = self.encoder()
+        x = torch.randn(3, 3, 16, 16).double()
+        for K in (1, 7, 16):
+            ids = self.some_ids(3, K)
+            w_ = {k: t.clone().requires_grad_(k != "pos_embed") for k, t in w.items()}
+            want = torch.stack([slow_ijepa_encoder(w_, image, i.tolist(), 3) for image, i in zip(x, ids)])
+            got = model(x, ids)
+            self.close(got, want, 1e-10)
+            for p in model.parameters():
+                p.grad = None
+            weights = torch.randn(got.shape).double()
+            (got * weights).sum().backward()
+            (want * weights).sum().backward()
+            for name, p in model.named_parameters():
+                if name != "pos_embed":
+                    self.close(p.grad, w_[name].grad, 1e-9, name)
+        full, ids = model(x), self.some_ids(3, 16)
+        self.assertEqual(full.shape, (3, 16, 24))
+        self.close(full, torch.stack([slow_ijepa_encoder(w, image, range(16), 3) for image in x]), 1e-10)
+        self.close(model(x, ids), full.gather(1, ids[:, :, None].expand(-1, -1, 24)), 1e-12)
+        layer = nn.TransformerEncoderLayer(24, 3, 96, 0.0, F.gelu, 1e-6, True, True)  # torch's own, of one block
+        for n in range(2):
+            names = dict(self_attn_in_proj="attn.qkv", self_attn_out_proj="attn.proj", norm1="norm1", norm2="norm2",
+                         linear1="mlp.fc1", linear2="mlp.fc2")
+            names = {k.replace("_in_proj", ".in_proj_").replace("_out_proj", ".out_proj."): v
+                     for k, v in names.items()}
+            layer.double().load_state_dict({
+                (k if k.endswith(("_", ".")) else f"{k}.") + part: w[f"blocks.{n}.{v}.{part}"]
+                for k, v in names.items() for part in ("weight", "bias")})
+            z = torch.randn(2, 9, 24).double()
+            self.close(model.blocks[n](z), layer(z), 1e-10)
+
+    def test_hidden_pixels(self):
+        """The encoder cannot see other patches' pixels: with others there its output is the same bit for bit."""
+        model = self.ijepa.Encoder(32, 4, 32, 2, 2).eval()
+        x, (ids, real, _) = torch.randn(4, 3, 32, 32), self.ijepa.sample_masks(4, 8, self.generator(0))
+        seen = torch.stack([self.pixels(x[n], ids[n][real[n]].tolist()) for n in range(4)])
+        for low in (False, True):
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=low):
+                z = self.encode(model, x, ids, real)
+                other = self.encode(model, torch.where(seen, x, 9 * torch.randn(x.shape)), ids, real)
+                changed = self.encode(model, torch.where(seen, x + 0.5, x), ids, real)
+            self.same(other[real], z[real])
+            for n in range(4):
+                self.assertGreater((changed[n][real[n]] - z[n][real[n]]).abs().max().item(), 0.01)
+
+    def test_padding(self):
+        """Padding changes nothing: each image alone, cut to its own patches, gives the same; whatever ids it has."""
+        (encoder, w), (predictor, wp) = self.encoder(), self.predictor()
+        x, ids, M = torch.randn(4, 3, 16, 16).double(), self.some_ids(4, 9), 5
+        counts = torch.tensor([9, 4, 1, 7])
+        real, targets = torch.arange(9) < counts[:, None], self.some_ids(4, M, seed=1)
+        z = self.encode(encoder, x, ids, real)
+        pred = self.predict(predictor, z, ids, real, targets)
+        for n, k in enumerate(counts.tolist()):
+            want = slow_ijepa_encoder(w, x[n], ids[n, :k].tolist(), 3)
+            self.close(z[n, :k], want, 1e-10)
+            self.close(encoder(x[n:n + 1], ids[n:n + 1, :k])[0], want, 1e-10)
+            self.close(pred[n], slow_ijepa_predictor(wp, want, ids[n, :k].tolist(), targets[n].tolist(), 2), 1e-9)
+        for fill in (0, 15):
+            garbage = ids.where(real, fill)
+            other = self.encode(encoder, x, garbage, real)
+            self.same(other[real], z[real])
+            noise = other.where(real[:, :, None], 1e3 * torch.randn(other.shape).double())
+            self.same(self.predict(predictor, noise, garbage, real, targets), pred)
+        z.requires_grad_()  # no gradient reaches padding
+        z = z.detach().requires_grad_()
+        self.predict(predictor, z, ids, real, targets).square().sum().backward()
+        self.assertTrue((z.grad[~real] == 0).all() and (z.grad[real] != 0).any())
+
+    def test_predictor(self):
+        """Each block of targets in a sequence of its own, against a loop; where it lies matters, and its order not."""
+        model, w = self.predictor()
+        context, ids = torch.randn(3, 6, 24).double(), self.some_ids(3, 6)
+        targets = self.some_ids(3, 5, seed=1)
+        pred = model(context, ids, targets)
+        want = [slow_ijepa_predictor(w, *a, 2) for a in zip(context, ids.tolist(), targets.tolist())]
+        self.close(pred, torch.stack(want), 1e-10)
+        order = torch.tensor([3, 0, 4, 1, 2])
+        self.close(model(context, ids, targets[:, order]), pred[:, order], 1e-11)
+        order = torch.tensor([3, 0, 4, 1, 2, 5])
+        self.close(model(context[:, order], ids[:, order], targets), pred, 1e-11)
+        elsewhere = model(context, ids, (targets + 1) % 16)
+        self.assertGreater((elsewhere - pred).abs().mean().item(), 0.05 * pred.abs().mean().item())
+        moved = model(context, (ids + 1) % 16, targets)
+        self.assertGreater((moved - pred).abs().mean().item(), 0.05 * pred.abs().mean().item())
+        spread = pred.std(dim=1).mean().item()  # predictions of one image differ, by their positions alone
+        self.assertGreater(spread, 0.05 * pred.std().item())
+
+    # objective and training
+
+    def model(self, image_size=16, patch_size=4, dim=24, depth=1, heads=3, predictor_dim=16, predictor_depth=2,
+              predictor_heads=2, **more):
+        """A small network in fp64 with random weights, other ones in the target encoder; copies, with gradients."""
+        model = self.ijepa.IJEPA(image_size, patch_size, dim, depth, heads, predictor_dim, predictor_depth,
+                                 predictor_heads, **more).double()
+        parts = []
+        for seed, part in enumerate((model.encoder, model.target_encoder, model.predictor)):
+            w = random_vit({k: tuple(t.shape) for k, t in part.state_dict().items()}, seed)
+            part.load_state_dict(w)
+            parts.append({k: t.double().requires_grad_("pos_embed" not in k) for k, t in w.items()})
+        return model, parts
+
+    def test_objective(self):
+        """Loss and gradients against loops: each image and each block alone, nothing padded. In the loss: the target
+        encoder's vector less its mean over its deviation, and smooth L1."""
+        for stop in (True, False):
+            model, (w, w_target, w_predictor) = self.model(stop_gradient=stop)
+            x, (ids, real, targets) = torch.randn(3, 3, 16, 16).double(), self.ijepa.sample_masks(
+                3, 4, self.generator(0))
+            self.assertFalse(real.all())  # there is padding
+            self.assertFalse(any(p.requires_grad for p in model.target_encoder.parameters()))
+            model.target_encoder.requires_grad_(True)  # even then
+            loss, pred, target = model(x, ids, torch.cat(targets), real)
+            contexts = [ids[n][real[n]].tolist() for n in range(3)]
+            blocks = [[t[n].tolist() for t in targets] for n in range(3)]
+            want = slow_ijepa_loss(w, w_target if stop else w, w_predictor, x, contexts, blocks, 3, 2)
+            self.close(loss, want, 1e-6)
+            self.assertEqual((pred.shape, target.shape), ((12, targets[0].size(1), 24),) * 2)
+            self.close(target.mean(dim=2), torch.zeros(target.shape[:2]) + 1e-9, 1e3)
+            loss.backward()
+            want.backward()
+            for part, copies in ((model.encoder, w), (model.predictor, w_predictor)):
+                for name, p in part.named_parameters():
+                    if "pos_embed" not in name:
+                        self.close(p.grad, copies[name].grad, 2e-5, name)
+            for p in model.target_encoder.parameters():
+                self.assertIsNone(p.grad)
+            self.assertEqual(pred.requires_grad, True)
+            self.assertEqual(target.requires_grad, not stop)  # that is what the flag does
+
+    def test_smooth(self):
+        """Smooth L1's two branches by hand, in the mean over all numbers; a target of one value is no division by 0."""
+        model, _ = self.model()
+        target = torch.zeros(4, 2, 24)
+        x, ids, forward = torch.zeros(1, 3, 16, 16).double(), torch.zeros(4, 2).long(), "forward"
+        with mock.patch.object(model, "targets", lambda *_: target):
+            for error, value in ((0.5, 0.125), (-1, 0.5), (3, 2.5), (-0.25, 0.03125)):
+                with mock.patch.object(model.predictor, forward, lambda *_: torch.full((4, 2, 24), float(error))):
+                    self.assertAlmostEqual(model(x, ids[:1], ids)[0].item(), value, 6)
+        with mock.patch.object(model.target_encoder, forward, lambda *_: torch.full((1, 16, 24), 7.0)):
+            self.assertEqual(model.targets(x, ids).abs().max().item(), 0)
+        z = 1e-2 * torch.randn(1, 16, 24).double()  # so small that the eps shows: variance 1e-4 beside 1e-5
+        with mock.patch.object(model.target_encoder, forward, lambda *_: z):
+            got = model.targets(x, torch.arange(16)[None])
+        self.close(got[0].var(dim=1, unbiased=False), (v := z[0].var(dim=1, unbiased=False)) / (v + 1e-5), 1e-5)
+
+    def test_steps(self):
+        """Several updates: AdamW by torch's own on the loop's gradients, its decay and rate by the closed forms, and
+        the target encoder to the bit what the formula makes of the weights after each."""
+        c = self.config(batch_size=4, grad_accum=2, lr=0.01, warmup=2, weight_decay=0.1, weight_decay_end=0.9, steps=9,
+                        ema_start=0.9, ema_end=0.98, patch_size=8)
+        model = self.ijepa.IJEPA(32, 8, 16, 1, 2, 8, 1, 2)
+        plain, images = copy.deepcopy(model), self.images(9)
+        optimizer = self.ijepa.adamw_groups(model, c.weight_decay)
+        flat = [p for p in plain.parameters() if p.requires_grad and p.dim() == 1]
+        decayed = [p for p in plain.parameters() if p.requires_grad and p.dim() > 1]
+        theirs = torch.optim.AdamW([dict(params=decayed), dict(params=flat, weight_decay=0)], betas=(0.9, 0.999))
+        for step in range(9):
+            before = copy.deepcopy(model.target_encoder.state_dict())
+            loss = self.ijepa.ijepa_step(model, model, optimizer, contextlib.nullcontext(), images, c, step, 9, 0, 1)
+            losses = [plain(x, *masks)[0] / 2 for x, masks in (self.ijepa.jepa_batch(
+                c, images, self.ijepa.CIFAR10_STATS, 4, step, slot, 2) for slot in (0, 1))]
+            sum(losses).backward()
+            self.assertAlmostEqual(loss.item(), sum(losses).item(), 6)
+            for group in theirs.param_groups:
+                group["lr"] = 0.01 * ((step + 1) / 3 if step < 2 else 0.5 + 0.5 * math.cos(math.pi * (step - 2) / 7))
+            theirs.param_groups[0]["weight_decay"] = 0.9 - 0.4 * (1 + math.cos(math.pi * step / 9))
+            theirs.step()
+            theirs.zero_grad()
+            for name, p in plain.named_parameters():
+                if not name.startswith("target_encoder"):
+                    self.close(model.state_dict()[name], p, 1e-5, f"{name} at step {step}")
+            momentum, after = 0.9 + 0.08 * step / 9, model.target_encoder.state_dict()
+            for name, t in before.items():
+                q = model.encoder.state_dict()[name]
+                self.same(after[name], torch.lerp(t, q, 1 - momentum), f"{name} at step {step}")
+                self.close(after[name], momentum * t.double() + (1 - momentum) * q.double(), 1e-6)
+            plain.load_state_dict(model.state_dict())  # else rounding grows
+        self.assertGreater((model.encoder.norm.weight - model.target_encoder.norm.weight).abs().max().item(), 1e-4)
+
+    def test_no_average(self):
+        """--no-ema, and --no-stop_gradient: the target encoder is the encoder."""
+        for more in (dict(ema=False), dict(stop_gradient=False)):
+            c = self.config(batch_size=4, lr=0.01, warmup=0, patch_size=8, **more)
+            model = self.ijepa.IJEPA(32, 8, 16, 1, 2, 8, 1, 2, stop_gradient=c.stop_gradient)
+            before = copy.deepcopy(model.encoder.state_dict())
+            self.ijepa.ijepa_step(model, model, self.ijepa.adamw_groups(model, 0.1), contextlib.nullcontext(),
+                                  self.images(9), c, 0, 9, 0, 1)
+            self.same(model.encoder.state_dict(), model.target_encoder.state_dict())
+            self.assertFalse(torch.equal(before["norm.weight"], model.encoder.norm.weight))
+
+    def test_schedules(self):
+        for steps, step in ((10, 0), (10, 3), (10, 10), (10, 12), (7, 5)):
+            share = min(1, step / steps)
+            for first, last in ((0.04, 0.4), (0.5, 0.1)):
+                want = first + (last - first) * math.sin(math.pi * share / 2) ** 2
+                self.assertAlmostEqual(self.ijepa.ramp(step, first, last, steps), want, 12)
+
+    def test_groups(self):
+        """Decay on weights, not on biases and norms; the target encoder and positions are not trained."""
+        model = self.ijepa.IJEPA(32, 8, 16, 2, 2, 8, 2, 2)
+        optimizer = self.ijepa.adamw_groups(model, 0.3)
+        names = {id(p): name for name, p in model.named_parameters()}
+        decayed, others = ({names[id(p)] for p in group["params"]} for group in optimizer.param_groups)
+        self.assertEqual([g["weight_decay"] for g in optimizer.param_groups], [0.3, 0])
+        fixed = {n for n in names.values() if "pos_embed" in n or n.startswith("target_encoder.")}
+        self.assertEqual(decayed | others | fixed, {*names.values()})
+        self.assertEqual((decayed & others, (decayed | others) & fixed), (set(), set()))
+        self.assertEqual(others, {n for n in names.values() if n.endswith("bias") or "norm" in n} - fixed)
+
+    def test_initial_weights(self):
+        """Xavier's bound, and what block l adds divided by √(2 l); the mask token's deviation .02; biases 0, but for
+        the patch projection's; positions the loop's."""
+        model = self.ijepa.IJEPA(32, 4, 192, 6, 3, 96, 3, 3)
+        for name, t in model.state_dict().items():
+            if name.endswith("pos_embed"):
+                self.close(t[0], slow_positions(t.size(2), 8), 1e-6)
+            elif name.endswith("mask_token"):
+                self.assertLess(abs(t.std().item() / 0.02 - 1), 0.2)
+            elif t.dim() > 1:
+                block = re.search(r"blocks\.(\d+)\.(attn\.proj|mlp\.fc2)", name)
+                bound = (6 / sum(t.flatten(1).shape)) ** 0.5 / ((2 * (int(block[1]) + 1)) ** 0.5 if block else 1)
+                self.assertTrue(0.98 * bound < t.abs().max().item() <= bound * (1 + 1e-6), name)
+                self.assertLess(abs(t.std().item() / bound * 3**0.5 - 1), 0.03, name)
+            elif "patch_embed" not in name:
+                self.assertEqual(t.unique().tolist(), [1.0 if "norm" in name and "weight" in name else 0.0], name)
+        self.same(model.encoder.state_dict(), model.target_encoder.state_dict())
+        with torch.device("meta"):  # [1]'s largest published encoder: 630 million numbers
+            self.assertEqual(sum(t.numel() for t in self.ijepa.Encoder(224, 14, 1280, 32, 16).state_dict().values()),
+                             sum(math.prod(s) for s in official_ijepa_shapes(1280, 32, 14, 224, 0, 0).values()))
+
+    def test_batches(self):
+        """A batch depends on (seed, step, slot) alone; each image has masks of its own, as the flags say."""
+        images, c = self.images(40), self.config(target_min=0.05, target_max=0.3, targets=3, context_min=0.9)
+
+        def batch(c, *where):
+            torch.manual_seed(int(torch.randint(99, (1,))))
+            x, (ids, targets, real) = self.ijepa.jepa_batch(c, images, self.ijepa.CIFAR10_STATS, 8, *where)
+            return [x, ids, targets, torch.ones_like(ids) == 1 if real is None else real]
+
+        a = batch(c, 3, 0, 1)
+        self.same(a, batch(c, 3, 0, 1))
+        for where, seed in (((4, 0, 1), 0), ((3, 1, 2), 0), ((3, 0, 1), 1)):
+            other = batch(dataclasses.replace(c, seed=seed), *where)
+            self.assertFalse(torch.equal(a[0], other[0]) or torch.equal(a[2], other[2]))
+        shares = set()
+        for step in range(15):
+            x, ids, targets, real = batch(c, step, 0, 1)
+            self.assertEqual((x.shape, len(targets)), ((8, 3, 32, 32), 24))
+            shares.add(targets.size(1))
+            sets = self.as_sets((ids, real, list(targets.view(3, 8, -1))), 8, 8)
+            self.assertTrue(all(not context & set().union(*blocks) for context, blocks in sets))
+        self.assertTrue(min(shares) < 8 and 15 < max(shares) < 25, shares)
+        known = {y.contiguous().numpy().tobytes(): n
+                 for n, y in enumerate(self.ijepa.normalise(images, self.ijepa.CIFAR10_STATS))}
+        seen = [known[x.contiguous().numpy().tobytes()] for step in range(5)
+                for x in batch(dataclasses.replace(c, crop=0, flip=False), step, 0, 1)[0]]
+        self.assertEqual(sorted(seen), list(range(40)))  # an epoch
+
+    def test_overfits(self):
+        """One batch, one mask: what an encoder that stays as it is makes of two images is learned by heart; to know
+        where a patch is, and not of which image, would not be enough."""
+        c = self.config(batch_size=2, lr=0.006, warmup=5, weight_decay=0, weight_decay_end=0, ema_start=1.0)
+        model = self.ijepa.IJEPA(32, 8, 32, 1, 2, 32, 1, 2)
+        optimizer, batch = self.ijepa.adamw_groups(model, 0.0), self.ijepa.jepa_batch
+        images = self.images(2, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)  # a colour for each patch
+        with mock.patch.object(self.ijepa, "jepa_batch", lambda c, *a: batch(c, *a[:3], 0, 0, 1)):
+            losses = [self.ijepa.ijepa_step(model, model, optimizer, contextlib.nullcontext(), images, c, step, 150, 0,
+                                            1).item() for step in range(150)]
+        x = batch(c, images, model.stats, 4, 0, 0, 1)[0]
+        with torch.no_grad():
+            z = F.layer_norm(model.target_encoder(x), (32,))  # (2, 16, 32)
+        of_places = F.smooth_l1_loss(z.mean(dim=0).expand_as(z), z).item()
+        self.assertLess(losses[-1], min(losses[0] / 20, of_places / 4))
+
+    # evaluation
+
+    def test_collapse_watch(self):
+        """The loss on validation images and its ratio to the loss of the mean target, by hand; features that have
+        collapsed, and a network that predicts the mean, look it."""
+        c, off = self.config(patch_size=8, probe_images=80), contextlib.nullcontext()
+        splits = [(x, y) for x, y in (self.draw(80, 1), self.draw(30, 2))]
+        model = self.ijepa.IJEPA(32, 8, 32, 1, 2, 16, 1, 2)
+        with torch.no_grad():
+            for p in [*model.encoder.parameters(), *model.target_encoder.parameters()]:
+                p.add_(0.1 * torch.randn(p.shape))
+        got = self.ijepa.evaluate(model, *splits, c, off)
+        self.assertEqual(got, self.ijepa.evaluate(model, *splits, c, off))  # the same masks every time
+        x = self.ijepa.normalise(splits[1][0], self.ijepa.CIFAR10_STATS)
+        ids, real, targets = self.ijepa.sample_masks(30, 4, self.generator(0))
+        with torch.no_grad():
+            z = F.layer_norm(model.target_encoder(x), (32,))
+            context = model.encoder(x, ids, real)
+            want = torch.stack([z[n, t[n]] for t in targets for n in range(30)])
+            pred = torch.cat([model.predictor(context, ids, t, real) for t in targets])
+        places = torch.cat(targets).flatten().tolist()
+        at = collections.defaultdict(list)
+        for place, row in zip(places, want.flatten(0, 1)):
+            at[place].append(row)
+        table = torch.stack([sum(at[i]) / max(1, len(at[i])) + torch.zeros(32) for i in range(16)])
+        of_mean = F.smooth_l1_loss(table[places], want.flatten(0, 1)).item()  # of the place, whatever the image
+        self.assertAlmostEqual(got["val_loss"], F.smooth_l1_loss(pred, want).item(), 5)
+        self.assertAlmostEqual(got["over_mean"], F.smooth_l1_loss(pred, want).item() / of_mean, 4)
+        z = [model.features(self.ijepa.normalise(x, self.ijepa.CIFAR10_STATS)).detach() for x, _ in splits]
+        self.assertAlmostEqual(got["rankme"], self.ijepa.rankme(z[1]), 3)
+        unit = [[v / math.hypot(*row) for v in row] for row in z[1].tolist()]
+        self.assertAlmostEqual(got["std"], sum(statistics.stdev(v) for v in zip(*unit)) / 32 * 32**0.5, 4)
+        with mock.patch.object(model.predictor, "forward", lambda context, ids, target_ids, real: table[target_ids]):
+            self.assertAlmostEqual(self.ijepa.evaluate(model, *splits, c, off)["over_mean"], 1, 5)
+        with torch.no_grad():
+            model.target_encoder.norm.weight.mul_(1e-4)  # all features are nearly the norm's bias
+            model.target_encoder.norm.bias.normal_()
+        gone = self.ijepa.evaluate(model, *splits, c, off)
+        self.assertTrue(gone["std"] < 1e-3 and gone["rankme"] < 1.1, gone)
+        self.assertTrue(got["std"] > 0.05 and got["rankme"] > 3, got)
+
+    def test_collapse(self):
+        """Where the gradient bends the targets, features collapse, and the log shows it."""
+        flags = ["--steps", 60, "--eval_every", 60, "--lr", 0.005, "--ema_start", 0.9]
+        runs = [self.train(name, *flags, *more) for name, more in (("a", []), ("b", ["--no-stop_gradient"]))]
+        last = [[row for row in r.rows if "val_loss" in row][-1] for r in runs]
+        self.assertLess(last[1]["std"], 0.5 * last[0]["std"])
+        self.assertLess(last[1]["val_loss"], last[0]["val_loss"])  # a lower loss, and worse
+
+    def test_show_masks(self):
+        """Each row: an image, its context, its targets, the rest grey."""
+        status, out, err = run("ijepa", "--show_masks", "--out", self.dir / "o", "--patch_size", 4, "--targets", 3)
+        self.assertEqual((status, err, [p.name for p in (self.dir / "o").iterdir()]), (0, "", ["masks.png"]))
+        sheet, images = slow_png(self.dir / "o/masks.png"), self.draw(160, 1)[0]
+        self.assertEqual(sheet.shape, (4 + 6 * 100, 4 + 5 * 100, 3))
+        sizes = set()
+        for n in range(6):
+            row = sheet[4 + n * 100:][:96:3].astype(int)
+            image, *parts = [row[:, 4 + 100 * k:][:, :96:3] for k in range(5)]
+            self.assertTrue((image == images[n].permute(1, 2, 0).numpy()).all())
+            seen = [{i for i in range(64) if not (p[i // 8 * 4:][:4, i % 8 * 4:][:, :4] == 128).all()} for p in parts]
+            for p, ids in zip(parts, seen):
+                mask = self.pixels(torch.zeros(3, 32, 32), ids).permute(1, 2, 0).numpy()
+                self.assertTrue((p == np.where(mask, image, 128)).all())
+            self.assertFalse(seen[0] & set().union(*seen[1:]))
+            self.assertEqual(len({len(ids) for ids in seen[1:]}), 1)
+            sizes.add(len(seen[1]))
+        self.assertGreater(len(sizes), 1)
+
+    # runs
+
+    def test_run(self):
+        """What a run leaves: val loss under fixed masks, best.pt by the probe, random init and pixels beside it."""
+        a = self.train("a", "--eval_every", 3, "--lr", 0.05)
+        looks = [row for row in a.rows if "val_loss" in row]
+        self.assertEqual([row["step"] for row in looks], [0, 3, 6, 9, 12])
+        for row in looks:
+            self.assertLessEqual({"knn", "linear", "rankme", "std", "knn_random_init", "linear_random_init",
+                                  "knn_pixels", "linear_pixels", "seconds"}, set(row))
+        for key in ("knn", "linear"):  # before the first step it is at random init
+            self.assertEqual({row[f"{key}_random_init"] for row in looks}, {looks[0][key]})
+        best = torch.load(a.out / "best.pt", weights_only=True)
+        self.assertEqual(best["best"], max(row["linear"] for row in looks))
+        self.assertEqual([row["linear"] for row in looks if row["step"] == best["step"]], [best["best"]])
+        last = a.rows[-1]
+        for name in ("", "_random_init", "_pixels"):
+            for key in ("knn", "linear", "linear_10%", "linear_1%", "rankme", "std"):
+                self.assertIn(f"test_{key}{name}", last)
+        encoder = self.ijepa.Encoder(**{k: v for k, v in a.ckpt["encoder_config"].items() if k != "pool"})
+        encoder.load_state_dict(a.ckpt["encoder"])  # what is judged is the target encoder
+        few, (x, y) = [t[:80] for t in self.draw(160, 1)], self.draw(40, 2)
+        z = [encoder(self.ijepa.normalise(t, self.ijepa.CIFAR10_STATS)).mean(dim=1).detach() for t in (few[0], x)]
+        self.assertEqual(looks[-1]["knn"], self.ijepa.knn_accuracy(z[0], few[1], z[1], y))
+        self.assertAlmostEqual(looks[-1]["std"], self.ijepa.spread(z[1]), 5)
+        self.assertAlmostEqual(looks[-1]["rankme"], self.ijepa.rankme(z[1]), 4)
+
+    def test_resume(self):
+        """12 steps are 6, stop, resume, 6 more: bit for bit."""
+        for kind in (["--grad_accum", 2], ["--no-ema"], ["--no-stop_gradient"]):
+            a = self.train("a", *kind)
+            b = self.train("b", *kind, "--stop_at", 6)
+            self.assertEqual((b.ckpt["step"], b.rows[-1]["step"]), (6, 6))
+            self.assertFalse(torch.equal(*(r.ckpt["encoder"]["norm.weight"] for r in (a, b))))
+            with open(b.out / "log.jsonl", "a") as file:  # what a killed run may have left
+                file.write('{"step": 8, "loss": 9.0}\n{"step": 9, "lo')
+            b = self.train("b", "--resume", tiny=False)
+            self.same_run(a, self.look(b.out))
+            self.assertEqual(sum("final" in row for row in b.rows), 1)
+            self.assertEqual(*({k: v for k, v in r.ckpt["config"].items() if k not in ("out", "resume")}
+                               for r in (a, b)))
+            shutil.rmtree(a.out)
+            shutil.rmtree(b.out)
+
+    def test_evaluation_changes_nothing(self):
+        runs = [self.train(f"e{every}", "--eval_every", every, "--log_every", log)
+                for every, log in ((3, 2), (12, 5))]
+        for key in ("model", "optimizer", "encoder"):
+            self.same(*(r.ckpt[key] for r in runs))
+        self.assertNotEqual(self.train("s", "--seed", 7).losses, self.train("t").losses)
+
+    def test_full_train(self):
+        """Pre-training sees the validation images too; probes are as they were."""
+        a, b = self.train("a", "--steps", 1), self.train("b", "--steps", 1, "--full_train")
+        self.assertIn("160 images", a.text)
+        self.assertIn("200 images", b.text)
+        self.assertEqual(*({k: v for k, v in r.rows[0].items() if k != "seconds"} for r in (a, b)))
+
+    def test_torchrun(self):
+        """Two processes update as one does with twice the accumulation; the checkpoint's names are plain."""
+        module = Path(inspect.getfile(small_ijepa)).stem
+        (self.dir / "two.py").write_text(f"import sys\nimport {module}\nwith {module}.small_ijepa():\n"
+                                         "    import ijepa\n    sys.exit(ijepa.main(sys.argv[1:]))\n")
+        flags = [*self.tiny, "--steps", 6]
+        done = child("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", self.dir / "two.py", *flags,
+                     "--out", self.dir / "two", cwd=self.dir)
+        self.assertEqual(done.returncode, 0, done.stderr[-2000:])
+        one, two = self.train("one", *flags, "--grad_accum", 2), self.look(self.dir / "two")
+        start = self.train("start", *flags, "--lr", 1e-12, "--stop_at", 1)
+        for part in ("model", "encoder"):
+            self.assertEqual(list(one.ckpt[part]), list(two.ckpt[part]))
+            for name, p in one.ckpt[part].items():
+                self.assertLess((p - two.ckpt[part][name]).abs().max().item(), 2e-6, name)
+        moved = max((p - start.ckpt["model"][name]).abs().max().item() for name, p in one.ckpt["model"].items())
+        self.assertGreater(moved, 1e-4)  # of which two processes are to miss nothing
+        for step, loss in one.losses.items():
+            self.assertAlmostEqual(loss, two.losses[step], delta=1e-5)
+        self.assertEqual([r["lr"] for r in one.rows if "lr" in r], [r["lr"] for r in two.rows if "lr" in r])
+        self.assertEqual(done.stdout.count("step 6/6 | loss"), 1)  # one process speaks
+
+    def test_ctrl_c(self):
+        """Between two steps: a checkpoint, how to go on, status 130; and the run goes on bit for bit."""
+        a, step, calls = self.train("a"), self.ijepa.ijepa_step, []
+
+        def interrupted(*args, **more):
+            calls.append(1)
+            if len(calls) == 4:
+                signal.raise_signal(signal.SIGINT)
+            return step(*args, **more)
+
+        handler = signal.getsignal(signal.SIGINT)
+        with mock.patch.object(self.ijepa, "ijepa_step", interrupted):
+            b = self.train("b", status=130)
+        self.assertIs(signal.getsignal(signal.SIGINT), handler)
+        self.assertEqual((b.ckpt["step"], len(calls)), (4, 4))
+        command = re.search(r"python ijepa\.py (.*--resume.*)", b.text)[1]
+        self.assertEqual(run("ijepa", *shlex.split(command))[0], 0)
+        b = self.look(b.out)
+        for key in ("model", "optimizer", "best", "encoder"):
+            self.same(a.ckpt[key], b.ckpt[key], key)
+        self.assertEqual(a.val, b.val)
+
+    def test_kill(self):
+        """Whatever ends a run, in the middle of a checkpoint's write too: the last whole one goes on bit for bit."""
+        class Killed(BaseException):
+            pass
+
+        a, save, step, count = self.train("a"), torch.save, self.ijepa.ijepa_step, []
+
+        def half(content, file):
+            if content["step"] == 6:
+                file.write(b"PK half of it")
+                raise Killed
+            save(content, file)
+
+        def dies(*args, **more):
+            count.append(1)
+            if len(count) == 10:
+                raise Killed
+            return step(*args, **more)
+
+        for patch, last in ((mock.patch.object(self.ijepa.torch, "save", half), 0),
+                            (mock.patch.object(self.ijepa, "ijepa_step", dies), 6)):
+            with patch, self.assertRaises(Killed):
+                self.train("b")
+            self.assertEqual(self.look(self.dir / "b").ckpt["step"], last)
+            self.assertFalse([*(self.dir / "b").glob("*.tmp")])
+            (self.dir / "b/ckpt.pt.tmp").write_bytes(b"PK half of it")  # what kill -9 would have left
+            self.same_run(a, self.train("b", "--resume", tiny=False))
+
+    def test_not_finite(self):
+        """The run stops with status 1, names the step, and keeps the last good checkpoint."""
+        out = self.dir / "o"
+        status, _, err = run("ijepa", *self.tiny, "--out", out, "--lr", 9e18, "--warmup", 0, "--log_every", 1)
+        self.assertEqual(status, 1, err)
+        self.assertRegex(err, r"\Aijepa\.py: [^\n]*(nan|inf)[^\n]* step [123]\b[^\n]*\n\Z")
+        saved = torch.load(out / "ckpt.pt", weights_only=True)
+        self.assertEqual(saved["step"], 0)
+        self.assertTrue(all(p.isfinite().all() for p in saved["model"].values()))
+
+    def test_low_precision(self):
+        a, b = (self.train(dtype, "--dtype", dtype, "--lr", 0.002) for dtype in ("float32", "bfloat16"))
+        for step, loss in a.losses.items():
+            self.assertAlmostEqual(loss, b.losses[step], delta=0.03 * loss)
+        self.assertNotEqual(a.losses, b.losses)
+        self.assertEqual({p.dtype for p in b.ckpt["model"].values()}, {torch.float32})
+
+    # official weights
+
+    def official(self, name="IN1K-vit.s.8-9e.pth.tar", dim=128, depth=2, patch=8, image=24, **more):
+        """A file as it is published, but small: its path, and what is in its target encoder."""
+        shapes = official_ijepa_shapes(dim, depth, patch, image, 32, 1)
+        w = random_vit(shapes, 3)
+        other = random_vit(shapes, 4), random_vit(official_ijepa_shapes(dim, depth, patch, image, 32, 1, False), 5)
+        encoder, predictor, target = ({f"module.{k}": t for k, t in part.items()} for part in (*other, w))
+        torch.save(dict(encoder=encoder, predictor=predictor, opt=dict(state={}, param_groups=[]), scaler={},
+                        target_encoder=target, epoch=300, loss=0.1, batch_size=128, world_size=16, lr=1e-3) | more,
+                   self.dir / name)
+        return self.dir / name, w
+
+    def test_official_shapes(self):
+        """The published file's target encoder loads strictly, and gives what a loop makes of it."""
+        path, w = self.official()
+        model = self.ijepa.Encoder.from_pretrained(path)
+        self.same({k: model.state_dict()[k] for k in w}, w)
+        x = torch.randn(2, 3, 24, 24)
+        w = {k: t.double() for k, t in w.items()}
+        self.close(model(x), torch.stack([slow_ijepa_encoder(w, i, range(9), 2) for i in x.double()]), 1e-5)
+        self.close(model.features(x), model(x).double().mean(dim=1), 1e-6)
+        predictor = self.ijepa.Predictor(9, 128, 32, 1, 1)  # its names are the published ones
+        shapes = official_ijepa_shapes(128, 2, 8, 24, 32, 1, False)
+        self.assertEqual({k: tuple(t.shape) for k, t in predictor.state_dict().items()}, shapes)
+        with torch.device("meta"):
+            model = self.ijepa.Encoder(224, 14, 1280, 32, 16)
+        self.assertEqual({k: tuple(t.shape) for k, t in model.state_dict().items()},
+                         official_ijepa_shapes(1280, 32, 14, 224, 0, 0))
+
+    def test_official_refused(self):
+        """Anything missing, or more, or of another shape; what is no such file; code."""
+        name = "IN1K.pth.tar"
+        path, w = self.official(name)
+        for change in (lambda w: w.pop("norm.weight"), lambda w: w.update(more=torch.ones(1)),
+                       lambda w: w.update({"norm.bias": torch.ones(65)}), lambda w: w.pop("pos_embed"),
+                       lambda w: w.update(pos_embed=torch.ones(1, 10, 128)),
+                       lambda w: w.update(cls_token=w["norm.bias"]), lambda w: w.pop("blocks.1.attn.qkv.bias")):
+            wrong = dict(w)
+            change(wrong)
+            self.official(name, target_encoder={f"module.{k}": t for k, t in wrong.items()})
+            self.bad("--compare", path, "--out", self.dir / "o", says=name)
+        marker = self.dir / "marker"
+        for content in ({"target_encoder": {**w, "norm.bias": Evil(marker)}}, [1, 2], {"a": 1}, {"target_encoder": 1},
+                        {"target_encoder": {k: 1 for k in w}}, w):
+            torch.save(content, path)
+            self.bad("--compare", path, "--out", self.dir / "o", says=name)
+        self.official(name)
+        path.write_bytes(path.read_bytes()[:5000])
+        self.bad("--compare", path, says=name)
+        self.assertFalse(marker.exists())
+
+    def test_official_download(self):
+        """A name downloads the file from its publisher, checked by its size."""
+        path, w = self.official()
+        body, asked, get = path.read_bytes(), [], self.ijepa.requests.get
+        server = Server(self, dict(body=body, cut=5000), dict(body=body))
+
+        def redirected(url, **how):
+            asked.append(url)
+            return get(server.url, **how)
+
+        name, data = "IN1K-vit.h.14-300e", self.dir / "data"
+        with mock.patch.object(self.ijepa.requests, "get", redirected), \
+                contextlib.redirect_stderr(io.StringIO()) as err:
+            with self.assertRaisesRegex(ValueError, "download"):  # it breaks off; the next try goes on
+                self.ijepa.Encoder.from_pretrained(name, data)
+            self.assertEqual([p.suffix for p in data.iterdir()], [".part"])
+            model = self.ijepa.Encoder.from_pretrained(name, data)
+            self.ijepa.Encoder.from_pretrained(name, data)  # it is there
+        self.same({k: model.state_dict()[k] for k in w}, w)
+        self.assertIn(f"of {len(body) / 1e6:.1f} MB", err.getvalue())
+        self.assertEqual(asked, ["https://dl.fbaipublicfiles.com/ijepa/IN1K-vit.h.14-300e.pth.tar"] * 2)
+        self.assertEqual([p.name for p in data.iterdir()], [f"{name}.pth.tar"])
+        for name, address in self.ijepa.OFFICIAL.items():
+            self.assertEqual(address, f"https://dl.fbaipublicfiles.com/ijepa/{name}.pth.tar")
+
+    # t-SNE
+
+    def blobs(self, n=60, C=5, classes=3, apart=8.0, seed=0):
+        g = torch.Generator().manual_seed(seed)
+        y = torch.arange(n * classes) % classes
+        return torch.randn(n * classes, C, generator=g).double() + apart * torch.eye(C).double()[y], y
+
+    def test_affinities(self):
+        """Every row has perplexity 30, by a scan of its own; for points of any scale, a far one and twins too."""
+        x = torch.randn(70, 4).double()
+        x[1] += 50
+        x[2] = x[3]
+        rows = slow_conditionals(x, 30)
+        entropy = -(rows * rows.clamp(min=1e-300).log()).sum(dim=1)
+        self.assertLess((entropy.exp() - 30).abs().max().item(), 1e-6)
+        P = self.ijepa.affinities(x, 30.0)
+        self.close(P, (rows + rows.T) / 140, 1e-6)
+        self.same(P, P.T)
+        self.assertAlmostEqual(P.sum().item(), 1, 9)
+        for scale in (1e-5, 1e5):
+            self.close(self.ijepa.affinities(x * scale, 30.0), P, 1e-6)
+        self.close(self.ijepa.affinities(x, 7.0), (lambda p: (p + p.T) / 140)(slow_conditionals(x, 7)), 1e-6)
+
+    def test_tsne_gradient(self):
+        """Against autograd of the divergence."""
+        P = self.ijepa.affinities(self.blobs(10)[0], 8.0)
+        for scale in (1e-4, 1, 30):
+            y = (scale * torch.randn(30, 2).double()).requires_grad_()
+            slow_kl(P, y).backward()
+            self.close(self.ijepa.tsne_gradient(P, y.detach()), y.grad, 1e-8)
+
+    def test_tsne(self):
+        """Three blobs lie apart, the divergence is small; nothing is random; scale and place do not matter."""
+        x, y = self.blobs(40)
+        Y = self.ijepa.tsne(x)
+        state = torch.get_rng_state()
+        torch.manual_seed(9)
+        self.same(self.ijepa.tsne(x.float().double()), self.ijepa.tsne(x.float()))
+        torch.set_rng_state(state)
+        self.same(self.ijepa.tsne(x), Y)
+        centres = torch.stack([Y[y == k].mean(dim=0) for k in range(3)])
+        within = torch.stack([(Y[y == k] - centres[k]).norm(dim=1).max() for k in range(3)])
+        self.assertGreater(torch.pdist(centres).min().item(), 2 * within.max().item())
+        P = self.ijepa.affinities(x)
+        random = slow_kl(P, torch.randn(120, 2, generator=torch.Generator().manual_seed(0)).double())
+        self.assertLess(slow_kl(P, Y.double()).item(), 0.3 * random.item())
+        for z in (x, torch.cat((x, 1e-3 * torch.randn(120, 80)), dim=1)):  # as many components as there are, or 50
+            k = min(50, z.size(1))
+            got, centred = self.ijepa.pca(z, k), z - z.mean(dim=0)
+            values, vectors = torch.linalg.eigh(centred.T @ centred)
+            want = centred @ vectors.flip(1)[:, :k]
+            self.close(got @ got.T, want @ want.T, 1e-9)
+            self.close(got.square().sum(dim=0), values.flip(0)[:k], 1e-8)
+
+    def test_tsne_steps(self):
+        """P is 12 times too large for 250 steps, which have momentum .5, later ones .8; rates per number."""
+        x, _ = self.blobs(20)
+        P, Y0 = self.ijepa.affinities(self.ijepa.pca(x, 50), (60 - 1) / 3).float(), []
+        sums, signs = [], torch.tensor([1.0, -1.0]).repeat(30)[:, None]
+        draws = np.random.default_rng(0).normal(size=400)
+
+        def gradient(P_, Y):
+            Y0.append(Y)
+            sums.append(P_.sum().item())
+            return signs * torch.tensor([[draws[len(sums) - 1], 0.5]])
+
+        with mock.patch.object(self.ijepa, "tsne_gradient", gradient):
+            Y = self.ijepa.tsne(x, iterations=300)
+        self.close(torch.tensor(sums), torch.tensor([12.0] * 250 + [1.0] * 50), 1e-5)
+        self.assertLess(Y0[0].abs().max().item(), 1e-3)
+        steady = [0.5] * 300
+        for sign, values, got in zip((1, -1, 1, -1), (draws, draws, steady, steady), (Y - Y0[0])[:2].T.flatten()):
+            place, velocity, gain = 0.0, 0.0, 1.0
+            for step in range(300):
+                slope = sign * values[step]
+                gain = max(0.01, gain * 0.8 if (slope > 0) == (velocity > 0) else gain + 0.2)
+                velocity = (0.5 if step < 250 else 0.8) * velocity - 50 * gain * slope
+                place += velocity
+            self.assertAlmostEqual(got.item() / place, 1, delta=0.01)  # fp32
+        self.assertEqual(inspect.signature(self.ijepa.tsne).parameters["perplexity"].default, 30)
+
+    # comparison, and other scripts
+
+    def checkpoints(self):
+        """Small checkpoints of every script, two of mae.py: {name: (path, its own features of normalised images)}."""
+        import mae
+        import simclr
+        import vit
+        found, short = {}, ["--steps", 1, "--batch_size", 8, "--dtype", "float32"]
+        flags = ["--patch_size", 8, "--dim", 32, "--depth", 1, "--heads", 2]
+        small = ["--probe_images", 40]
+        for name, script, patch, more in (
+                ("mae", "mae", small_mae(), [*flags, *small]),
+                ("mae_cls", "mae", small_mae(), [*flags, *small, "--pool", "cls"]),
+                ("simclr", "simclr", small_simclr(size=32), ["--encoder", "vit", "--width", 16, "--depth", 1, *small]),
+                ("vit", "vit", small_vit(), []), ("vit_cls", "vit", small_vit(), ["--pool", "cls"]),
+                ("ijepa", "ijepa", contextlib.nullcontext(), [*flags, *small])):
+            with patch:
+                status, _, err = run(script, *short, *more, "--out", self.dir / name)
+            self.assertEqual(status, 0, err)
+            path = self.dir / name / "ckpt.pt"
+            saved = torch.load(path, weights_only=True)
+            if script == "mae":
+                model = mae.MAE(**saved["model_config"])
+                features = functools.partial(model.features, pool="cls" if "cls" in name else "mean")
+            elif script == "simclr":
+                model = features = simclr.PatchEncoder(**saved["encoder_config"])
+            elif script == "vit":
+                model = vit.ViT(**saved["model_config"])
+                features = model.features
+            else:
+                model = self.ijepa.Encoder(32, 8, 32, 1, 2)
+                features = lambda x, model=model: model(x).mean(dim=1)
+            model.load_state_dict(saved["model" if script in ("mae", "vit") else "encoder"])
+            model.eval()
+            found[name] = path, features
+        return found
+
+    def test_compare(self):
+        """Every script's encoder gives the features that its script takes; each row of the table is what the probes
+        make of these; the maps are XML, the sheet shows the images that are nearest."""
+        found = self.checkpoints()
+        flags = ["--compare", ",".join(str(path) for path, _ in found.values()), "--dtype", "float32", "--tsne_images",
+                 100, "--out", self.dir / "o"]
+        before = {name: path.read_bytes() for name, (path, _) in found.items()}
+        maps, tsne = [], self.ijepa.tsne
+        with mock.patch.object(self.ijepa, "tsne", lambda x: maps.append(x) or tsne(x, iterations=300)):
+            status, out, err = run("ijepa", *flags)
+        self.assertEqual((status, err), (0, ""))
+        self.assertEqual(before, {name: path.read_bytes() for name, (path, _) in found.items()})
+        results = json.loads((self.dir / "o/compare.json").read_text())
+        self.assertEqual([*results], [*found, "random_init", "pixels"])
+        splits = [self.draw(n, seed) for n, seed in ((160, 1), (40, 2), (40, 3))]
+        y = [y for _, y in splits]
+        images = [self.ijepa.normalise(x, self.ijepa.CIFAR10_STATS) for x, _ in splits]
+        some = {1.0: torch.arange(160)}
+        some |= {share: torch.cat([(y[0] == k).nonzero()[:max(1, round(share * 16)), 0] for k in range(10)]
+                                  ).sort().values for share in (0.1, 0.01)}
+        features = {name: f for name, (_, f) in found.items()} | {"pixels": lambda x: x.flatten(1)}
+        rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.split()[0] in results}
+        for name, f in features.items():
+            with torch.no_grad():
+                z = [f(x) for x in images]
+            scores = dict(knn=self.ijepa.knn_accuracy(z[0], y[0], z[2], y[2]))
+            for share, index in some.items():
+                scores["linear" if share == 1 else f"linear_{share:.0%}"] = self.ijepa.linear_probe(
+                    z[0][index], y[0][index], z[1], y[1], z[2], y[2])
+            scores |= dict(rankme=self.ijepa.rankme(z[2]), std=self.ijepa.spread(z[2]))
+            self.assertEqual([*results[name]], [*scores])
+            for key, value in scores.items():  # fp32's rounding may move an image of 40
+                self.assertAlmostEqual(results[name][key] / max(1, value), value / max(1, value), delta=0.026)
+            self.close(maps[[*results].index(name)], z[2], 1e-4, name)
+            self.assertEqual(rows[name], [f"{v:.4f}" for v in results[name].values()])
+        self.assertNotEqual(results["mae"]["rankme"], results["random_init"]["rankme"])
+        svg = xml.etree.ElementTree.parse(self.dir / "o/tsne.svg").getroot()
+        texts = [e.text for e in svg if e.tag.endswith("text")]
+        self.assertEqual(texts, [*results, *self.ijepa.SHAPES])
+        dots = [e.get("d").count("M") for e in svg if e.tag.endswith("path")]
+        self.assertEqual((len(dots), sum(dots)), (10 * len(results), 40 * len(results)))
+        sheet, (x, _) = slow_png(self.dir / "o/neighbours.png"), splits[0]
+        self.assertEqual(sheet.shape, (10 * 68 + 4, (1 + 6 * len(results)) * 68 + 4, 3))
+        tile = lambda i, j: torch.from_numpy(sheet[4 + 68 * i:][:64:2, 4 + 68 * j:][:, :64:2].copy()).permute(2, 0, 1)
+        z = [F.normalize(t.flatten(1), dim=1) for t in (images[2], images[0])]
+        for k in range(10):
+            query = y[2].tolist().index(k)
+            self.same(tile(k, 0), splits[2][0][query])
+            order = (z[1] @ z[0][query]).argsort(descending=True)
+            for j in range(5):
+                self.same(tile(k, 2 + 6 * (len(results) - 1) + j), x[order[j]])
+            self.assertTrue((tile(k, 1) == 255).all())
+
+    def test_compare_refused(self):
+        """What holds no encoder, or another kind: one line. Folders of the same name are numbered."""
+        a, where = self.train("a", "--steps", 1), ["--out", self.dir / "o", "--tsne_images", 100]
+        saved = torch.load(a.out / "ckpt.pt", weights_only=True)
+        with small_simclr():
+            self.assertEqual(run("simclr", "--steps", 1, "--batch_size", 8, "--width", 8, "--head_dim", 16, "--out",
+                                 self.dir / "resnet", "--probe_images", 40)[0], 0)
+        with small_vit():
+            self.assertEqual(run("vit", "--steps", 1, "--batch_size", 8, "--conv_stem", "--out", self.dir / "stem")[0],
+                             0)
+        foreign = [self.dir / "resnet/ckpt.pt", self.dir / "stem/ckpt.pt"]
+        for name, content in (("list.pt", [1, 2]), ("object.pt", Evil(self.dir / "marker")), ("none.pt", {"a": 1}),
+                              ("shape.pt", saved | dict(encoder=saved["encoder"] | {"norm.bias": torch.ones(5)})),
+                              ("more.pt", saved | dict(encoder=saved["encoder"] | {"more": torch.ones(5)})),
+                              ("no.pt", {k: v for k, v in saved.items() if k != "encoder"}),
+                              ("sizes.pt", saved | dict(encoder_config={"dim": 3}))):
+            torch.save(content, self.dir / name)
+            foreign.append(self.dir / name)
+        (self.dir / "noise.pt").write_bytes(os.urandom(5000))
+        for path in [*foreign, self.dir / "noise.pt"]:
+            self.bad("--compare", f"{a.out}/ckpt.pt,{path}", *where, says=str(path))
+        self.assertFalse((self.dir / "marker").exists())
+        self.bad("--compare", f"{a.out}/ckpt.pt,{self.dir}/gone.pt", *where, says="gone.pt")
+        self.bad("--compare", f"{a.out}/ckpt.pt,", *where)
+        with mock.patch.object(self.ijepa, "tsne", lambda x: torch.randn(len(x), 2)):
+            status, out, err = run("ijepa", "--compare", f"{a.out}/ckpt.pt,{a.out}/best.pt", *where)
+        self.assertEqual((status, err), (0, ""))
+        self.assertEqual([*json.loads((self.dir / "o/compare.json").read_text())], ["0", "1", "random_init", "pixels"])
+        self.assertLess(out.index(f"0: {a.out}/ckpt.pt"), out.index(f"1: {a.out}/best.pt"))
+
+    def test_encoder_in_vit(self):
+        """vit.py gets the same features from the checkpoint, and goes on from it; so does --init here."""
+        import vit
+        x, a = self.ijepa.normalise(self.images(5), self.ijepa.CIFAR10_STATS), self.train("a", "--steps", 3)
+        model = self.ijepa.Encoder.from_pretrained(a.out / "ckpt.pt")
+        other = vit.ViT.from_pretrained(a.out / "ckpt.pt").eval()
+        self.assertEqual((other.pool, other.blocks[0].attn.heads), ("mean", 2))
+        with torch.no_grad():
+            self.close(other.features(x), model.features(x), 1e-6)
+        with small_vit():
+            status, _, err = run("vit", "--init", a.out / "ckpt.pt", "--steps", 1, "--batch_size", 8, "--lr", 1e-12,
+                                 "--weight_decay", 0, "--dtype", "float32", "--out", self.dir / "v")
+        self.assertEqual(status, 0, err)
+        tuned = torch.load(self.dir / "v/ckpt.pt", weights_only=True)["model"]
+        for name, t in a.ckpt["encoder"].items():
+            self.close(tuned[name], t, 1e-6, name)
+        b = self.train("b", "--init", a.out / "best.pt", "--steps", 1, "--lr", 1e-12)
+        for name, p in torch.load(a.out / "best.pt", weights_only=True)["model"].items():
+            self.assertLess((b.ckpt["model"][name] - p).abs().max().item(), 1e-6, name)
+        for flags in (["--dim", 64], ["--predictor_depth", 3], ["--patch_size", 2], ["--heads", 1]):
+            self.bad(*self.tiny, "--init", a.out / "best.pt", *flags, says=flags[0])
+        # the sizes are the file's where no flag says otherwise
+        status, _, err = run("ijepa", "--init", a.out / "ckpt.pt", "--steps", 1, "--out", self.dir / "c",
+                             "--batch_size", 8, "--probe_images", 40)
+        self.assertEqual(status, 0, err)
+        self.assertEqual(self.look(self.dir / "c").ckpt["config"]["predictor_dim"], 16)
+
+    # bad input
+
+    def test_bad_flags(self):
+        for flags in """--patch_size 5, --patch_size 0, --patch_size 16, --patch_size 32, --dim 30, --dim 36 --heads 5,
+                --heads 3, --predictor_dim 18, --predictor_heads 3, --depth 0, --predictor_depth 0, --targets 0,
+                --target_min 0, --target_min 0.3, --target_max 1.1, --target_max 0.1, --target_min nan,
+                --context_min 0, --context_min 1.5, --context_min -1, --ema_start 1.1, --ema_start -1, --ema_end nan,
+                --ema_end 2, --lr nan, --lr 0, --lr -1, --lr inf, --weight_decay -1, --weight_decay_end nan,
+                --warmup -1, --batch_size 0, --grad_accum 0, --epochs 0, --epochs nan, --steps 0, --steps 1.5,
+                --stop_at 0, --eval_every 0, --log_every 0, --probe_images 0, --tsne_images 3001, --tsne_images 0,
+                --seed -1, --labels 0, --labels 2, --crop 32, --crop -1, --dtype int8, --device nowhere,
+                --data nowhere, --data=, --out=, --no_such_flag 1, --step 5, --steps, stray, --resume,
+                --resume --init x.pt, --init nowhere.pt, --init=, --init IN1K-vit.h.14-300e, --compare=,
+                --compare nowhere.pt, --compare nowhere""".split(","):
+            self.bad(*self.tiny, *flags.split())
+        self.bad("--patch_size", 5, says=("--patch_size", "5", "32"))
+        self.bad("--tsne_images", 4000, says=("--tsne_images", "4000", "3000"))
+        self.bad("--target_min", 0.5, says=("--target_min", "0.5", "--target_max 0.2"))
+        for flags in ("--target_min 0.9 --target_max 1", "--target_min 0.5 --target_max 0.6 --context_min 0.1"):
+            self.bad(*self.tiny, *flags.split(), says="--target_max")  # nothing would be left of the context
+        self.bad("--resume", "--out", self.dir / "none", says="ckpt.pt")
+        (self.dir / "text.txt").write_text("hello")
+        for flags in ([], ["--show_masks"]):
+            self.bad(*self.tiny, *flags, "--out", self.dir / "text.txt", says="text.txt", status=1)
+        self.bad("--data", self.dir / "nowhere", "--lr", "nan", says="--lr")  # flags come before data
+
+    def test_wrong_sizes(self):
+        for sizes in ((30, 4, 24, 1, 3), (32, 4, 24, 1, 5), (32, 4, 18, 1, 3)):
+            with self.assertRaises(ValueError):
+                self.ijepa.Encoder(*sizes)
+        for sizes in ((15, 24, 16, 1, 2), (16, 24, 16, 1, 3), (16, 24, 18, 1, 2)):
+            with self.assertRaises(ValueError):
+                self.ijepa.Predictor(*sizes)
+        model = self.ijepa.Encoder(16, 4, 24, 1, 3)
+        for shape in ((1, 3, 24, 24), (1, 3, 16, 12)):
+            with self.assertRaises(ValueError):
+                model(torch.zeros(shape))
+            with self.assertRaises(ValueError):
+                model(torch.zeros(shape), torch.zeros(1, 2).long())
+
+    def test_bad_checkpoints(self):
+        a = self.train("a", "--steps", 2)
+        good, saved = (a.out / "best.pt").read_bytes(), torch.load(a.out / "best.pt", weights_only=True)
+
+        def checkpoint(name, content):
+            torch.save(content, self.dir / name)
+            return self.dir / name
+
+        foreign = [checkpoint("list.pt", [1, 2]), checkpoint("object.pt", Evil(self.dir / "marker")),
+                   checkpoint("arch.pt", saved | dict(model_config=dict(arch="resnet18"))),
+                   checkpoint("vit.pt", saved | dict(model_config=dict(image_size=32, num_classes=10))),
+                   checkpoint("names.pt", saved | dict(model=saved["encoder"] | {"head.bias": torch.ones(1)})),
+                   checkpoint("shape.pt", saved | dict(model=saved["model"] | {"encoder.norm.bias": torch.ones(31)})),
+                   checkpoint("size.pt", saved | dict(model_config=saved["model_config"] | dict(image_size=64)))]
+        foreign += [checkpoint(f"no_{key}.pt", {k: v for k, v in saved.items() if k != key})
+                    for key in ("model", "config", "step", "model_config")]
+        for name, content in (("cut.pt", good[:len(good) // 2]), ("noise.pt", os.urandom(5000)), ("none.pt", b"")):
+            (self.dir / name).write_bytes(content)
+            foreign.append(self.dir / name)
+        for path in foreign:
+            self.bad(*self.tiny, "--init", path, says=path.name)
+        big = self.ijepa.IJEPA(64, 8, 32, 1, 2, 16, 1, 2)
+        path = checkpoint("big.pt", saved | dict(model=big.state_dict(), model_config=big.settings))
+        self.bad(*self.tiny, "--init", path, says=("big.pt", "64"))
+        self.assertFalse((self.dir / "marker").exists())
+        self.bad("--resume", "--out", a.out, "--dim", 64, says="ckpt.pt")
+        (a.out / "ckpt.pt").write_bytes((a.out / "ckpt.pt").read_bytes()[:-999])
+        self.bad("--resume", "--out", a.out, says="ckpt.pt")
+
+    def test_command_line(self):
+        """As a program: the exit status, and one line on stderr."""
+        done = child(HERE / "ijepa.py", "--target_min", 2, cwd=self.dir)
+        self.assertEqual((done.returncode, done.stdout, snapshot(self.dir)), (2, "", {}))
+        self.assertRegex(done.stderr, r"\Aijepa\.py: [^\n]+\n\Z")
 
 
 class PerImage(torch.utils.data.Dataset):
@@ -8270,11 +9511,12 @@ class BenchViT(Bench):
         self.pflop("plain", self.PLAIN, 0.5, *flags)
 
     def ablation(self, *flags):
-        """The recipe at a quarter of its compute, and each of its parts changed."""
+        """The recipe at a quarter of its compute, each of its parts changed, and the plain recipe."""
         changes = {"": [], "_no_conv_stem": ["--no-conv_stem"], "_cls": ["--pool", "cls"], "_trivial": ["--trivial"],
                    "_cutmix": ["--cutmix", 1]}
         for name, change in changes.items():
             self.pflop(f"quarter{name}", self.RECIPE, 0.125, *map(str, change), *flags)
+        self.pflop("quarter_plain", self.PLAIN, 0.125, *flags)
 
     def cnn(self, *flags, pflop=0.125):
         """ResNet-56 and a ViT of as many parameters, with crop and flip, and equal compute, on a tenth of the labels
@@ -8620,6 +9862,152 @@ class BenchReadme:
             else:
                 text = text.replace(whole, whole.replace(f"#L{number}", f"#L{now}"))
         (HERE / "README.md").write_text(text)
+
+
+class BenchIJEPA(Bench):
+    """python tests.py BenchIJEPA.NAME, where NAME is one of the methods; nothing else should run meanwhile. Flags are
+    passed on: --data and --data_dir."""
+
+    script = "ijepa"
+    VIT = "--data cifar10 --log_every 20".split()  # 192 wide, 6 deep, 3 heads, patches of 4 pixels, mean-pooled
+    ROWS = {  # name, 11 letters at most: the script, and its flags
+        "ijepa": ("ijepa", "--dim 192 --depth 6 --heads 3 --patch_size 4 --predictor_dim 96 --predictor_depth 4 "
+                           "--predictor_heads 3 --batch_size 256 --warmup 300"),
+        "mae": ("mae", "--dim 192 --depth 6 --heads 3 --patch_size 4 --no-class_token --decoder_dim 128 "
+                       "--decoder_depth 2 --decoder_heads 4 --mask_ratio 0.75 --norm_pix_loss --batch_size 256 "
+                       "--lr 1.5e-3 --warmup 300"),
+        "simclr_flip": ("simclr", "--encoder vit --width 192 --depth 6 --augment crop_flip --batch_size 256"),
+        "simclr_full": ("simclr", "--encoder vit --width 192 --depth 6 --batch_size 256"),
+        "supervised": ("vit", "--arch cifar --patch_size 4 --no-conv_stem --pool mean --pos sincos --batch_size 128 "
+                              "--lr 1e-3")}
+
+    def default(self):
+        """The run without flags."""
+        began = time.perf_counter()
+        last = self.train("default_seed0")
+        print({key: last[key] for key in last if "knn" in key or "linear" in key},
+              f"{time.perf_counter() - began:.0f} s in all")
+
+    def coverage(self, draws=10000, grid=8):
+        """How often each patch of a grid is context, and target, in so many draws."""
+        ijepa, generator = importlib.import_module("ijepa"), torch.Generator().manual_seed(0)
+        draws, grid = int(draws), int(grid)
+        seen, kept = torch.zeros(2, grid**2), 0
+        for _ in range(draws // 25):
+            ids, real, targets = ijepa.sample_masks(25, grid, generator)
+            seen[0] += torch.bincount(ids[real], minlength=grid**2)
+            seen[1] += torch.bincount(torch.cat(targets, dim=1).flatten(), minlength=grid**2)
+            kept += real.float().mean().item()
+        for name, counts in zip(("context", "target"), seen):
+            print(f"{name}: each patch {counts.min():.0f} to {counts.max():.0f} times in {draws:,} draws, most over "
+                  f"least {counts.max() / counts.min():.2f}")
+            print("\n".join(" ".join(f"{v / draws:5.2f}" for v in row) for row in counts.view(grid, grid)))
+        print(f"a context has {seen[0].sum() / draws:.1f} patches, of a batch of 25 padded to "
+              f"{draws // 25 / kept:.2f} times as many")
+
+    def row(self, name, *flags, seconds=1200):
+        """One row of the comparison: about so many seconds of training, ten steps tell how many steps that is;
+        evaluated six times, so that the log gives the table at equal seconds and at equal images."""
+        script, recipe = self.ROWS[name]
+        module, flags = importlib.import_module(script), [*self.VIT, *recipe.split(), *map(str, flags)]
+        short = ["--steps", "12", "--eval_every", "99", "--log_every", "2", "--out", "out/bench/steps"]
+        short += [] if script == "vit" else ["--probe_images", "500"]
+        if module.main([*flags, *short]):
+            sys.exit(f"{name} failed")
+        rows = [json.loads(line) for line in open("out/bench/steps/log.jsonl")]
+        ms = statistics.median(row["ms"] for row in rows if row.get("step", 0) > 2 and "ms" in row)
+        steps, bench = max(1, round(1e3 * float(seconds) / ms)), Bench()
+        bench.script = script
+        last = bench.train(name, *flags, "--steps", steps, "--eval_every", math.ceil(steps / 6))
+        logs = HERE / "assets" / "logs"
+        (logs / self.script).mkdir(exist_ok=True)
+        os.replace(logs / script / f"{name}.jsonl", logs / self.script / f"{name}.jsonl")
+        print(name, {key: value for key, value in last.items() if "test" in key or key == "seconds"}, flush=True)
+
+    def comparison(self, *flags, seconds=1200):
+        """Every row for as many seconds, then the table and the t-SNE picture of what they learned."""
+        for name in self.ROWS:
+            self.row(name, *flags, seconds=seconds)
+        self.compare(*flags)
+
+    def compare(self, *flags):
+        """The table and pictures into out/bench/compare, the table into the logs too. best.pt is chosen on validation
+        images, by the probe, and for the supervised row by accuracy."""
+        paths = [f"out/bench/{name}/best.pt" for name in self.ROWS]
+        data = [str(f) for f in flags]
+        if importlib.import_module("ijepa").main(["--data", "cifar10", "--compare", ",".join(paths), "--out",
+                                                  "out/bench/compare", *data]):
+            sys.exit("--compare failed")
+        text = json.dumps(dict(json.loads(Path("out/bench/compare/compare.json").read_text()), **about("ijepa.py")))
+        (HERE / "assets" / "logs" / self.script / "compare.json").write_text(text + "\n")
+
+    def speed(self, rounds=5):
+        """A step of 192 × 6, patch 4, predictor 96 × 4, batch 256, contexts of 30 patches and four targets of 10:
+        ijepa.py's against the official design, eager, with scaled_dot_product_attention, its AdamW and its loop over
+        parameters for the average, in fp32 and under bf16 autocast, at the same masks. Then ijepa.py's with masks as
+        it draws them, whose contexts are padded."""
+        ijepa = importlib.import_module("ijepa")
+        c = ijepa.Config(dim=192, depth=6, heads=3, predictor_dim=96, predictor_depth=4, predictor_heads=3,
+                         batch_size=256, targets=4)
+        (images, _), counter, B = ijepa.make_shapes(1000, 0), itertools.count(), 256
+        _, _, autocast = ijepa.pick_device("cpu", "auto", "avx512_bf16")
+        ours, free, plain = (ijepa.load_ijepa(c) for _ in range(3))
+        order = torch.rand(B, 64).argsort(dim=1)
+        context = order[:, :30].sort(dim=1).values
+        targets = [order[:, 30:].gather(1, torch.rand(B, 34).argsort(dim=1)[:, :10]) for _ in range(4)]  # of the rest
+        fixed = [context, torch.cat(targets), None]
+
+        def attention(self, x, key_mask=None):
+            B, N, C = x.shape
+            q, k, v = self.qkv(x).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+            return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, C))
+
+        encoder, target, predictor = plain.encoder, plain.target_encoder, plain.predictor
+        for block in [*encoder.blocks, *target.blocks, *predictor.predictor_blocks]:
+            block.attn.forward = functools.partial(attention, block.attn)
+        plain_opt = torch.optim.AdamW([p for p in plain.parameters() if p.requires_grad], 1e-3, weight_decay=0.04)
+        x = ijepa.normalise(images[:B], plain.stats).contiguous()
+
+        def gather(x, masks):  # apply_masks of the official code
+            return torch.cat([x.gather(1, ids[:, :, None].repeat(1, 1, x.size(2))) for ids in masks])
+
+        def plain_step(enabled):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                with torch.no_grad():
+                    h = gather(F.layer_norm(target(x), (192,)), targets)  # (4 B, 10, 192)
+                z = gather(encoder.patch_embed(x) + encoder.pos_embed, [context])
+                for block in encoder.blocks:
+                    z = block(z)
+                pos = predictor.predictor_pos_embed.repeat(B, 1, 1)
+                z = predictor.predictor_embed(encoder.norm(z)) + gather(pos, [context])
+                places = gather(pos, targets)  # (4 B, 10, 96)
+                z = torch.cat((z.repeat(4, 1, 1), predictor.mask_token.repeat(4 * B, 10, 1) + places), dim=1)
+                for block in predictor.predictor_blocks:
+                    z = block(z)
+                z = predictor.predictor_proj(predictor.predictor_norm(z)[:, 30:])
+                loss = F.smooth_l1_loss(z, h)
+            loss.backward()
+            plain_opt.step()
+            plain_opt.zero_grad()
+            with torch.no_grad():
+                for q, k in zip(encoder.parameters(), target.parameters()):
+                    k.data.mul_(0.996).add_((1 - 0.996) * q.detach().data)
+
+        def step(model, optimizer):
+            ijepa.ijepa_step(model, model, optimizer, autocast, images, c, next(counter), 10**6, 0, 1)
+
+        def at_fixed_masks():
+            with mock.patch.object(ijepa, "draw_masks", lambda *_: fixed):
+                step(ours, optimizer)
+
+        optimizer, other = ijepa.adamw_groups(ours, 0.04), ijepa.adamw_groups(free, 0.04)
+        run = {"fp32": lambda: plain_step(False), "autocast": lambda: plain_step(True), "ijepa.py": at_fixed_masks,
+               "own masks": lambda: step(free, other)}
+        times = in_turn(run, int(rounds), warm=2)
+        for name, t in times.items():
+            print(f"{name:>9} {1e3 * statistics.median(t):8.1f} ms, {256 / statistics.median(t):6.0f} images/s | fp32 "
+                  f"takes {ratio(times, 'fp32', name):.2f} times as long, autocast "
+                  f"{ratio(times, 'autocast', name):.2f}", flush=True)
 
 
 class BenchPuzzles:

@@ -20,8 +20,8 @@ divide H (grouped queries). On a card it runs the Triton kernels below, else pla
 
 What to expect (torch 2.13.0, two AMD EPYC cores, fp32 unless said, seed 0, n = 1; logs in assets/logs/flash_attn/):
 - python flash_attn.py: test accuracy 1.0000 after 39 s of training (bfloat16 outside attention); a sequence keeps
-  17.6 MB for the backward pass, with naive attention 153.6 MB, losses and gradients agree; the naive loss curve beside
-  it: not yet measured (BenchFlashAttn.curves)
+  17.6 MB for the backward pass, with naive attention 153.6 MB, losses and gradients agree. Both runs in fp32: the same
+  losses to four digits in every log line; 42 s and 451 MB at most, naive 137 s and 1,113 MB: BenchFlashAttn.curves
 - T = 4,096, causal, 8 heads, D = 64, against torch's scaled_dot_product_attention: forward 1.18 of its time (138 ms),
   forward and backward 1.00 (427 ms); naive 9.5 and 5.7: python tests.py BenchFlashAttn.speed
 - A window of 256 at T = 16,384, forward: 26 times as fast as torch's with a mask (158 ms): BenchFlashAttn.window

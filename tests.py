@@ -351,6 +351,8 @@ FIGURES = [
     ("flash_attn/default_seed0", "after {seconds:.0f} s of training"),
     ("flash_attn/default_seed0", "keeps {kept_mb:.1f} MB of a sequence"),
     ("flash_attn/default_seed0", "naive attention keeps {kept_naive_mb:.1f} MB"),
+    ("flash_attn/torch", "instead of {seconds:.0f}, and"),
+    ("flash_attn/naive", "naive attention takes {seconds:.0f} s"),
     ("puzzles/train_seed0", "test loss {test_loss:.4f} | accuracy {test_accuracy:.4f} | {seconds:.0f} s of training | "
                             "peak {peak_mb:.0f} MB"),
 ]

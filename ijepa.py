@@ -27,8 +27,8 @@ What to expect (torch 2.13.0, two cores of an AMD EPYC, seed 0, n = 1; logs in a
   pixels .173), with a tenth of the labels .288 (.165, .184), with 1% .182 (.115, .136); kNN .214 (.117, pixels .334)
 - Masks on 8 × 8 patches, 10,000 draws: each patch is context 1,596 to 7,364 times, target 1,264 to 15,123 times (python
   tests.py BenchIJEPA.coverage)
-- A training step of 192 × 6, patch 4, predictor 96 × 4, batch 256, at the same masks, in bfloat16 by AVX-512: 204 images
-  per second, 2.69 times as fast as the official design in fp32 eager, 1.79 times as under autocast: BenchIJEPA.speed
+- A training step of 192 × 6, patch 4, predictor 96 × 4, batch 256, in bfloat16 by AVX-512: 204 images per second, 2.69
+  times as fast as the official design in fp32 eager, 1.79 times as under autocast, at the same masks: BenchIJEPA.speed
 - Not yet measured: CIFAR-10, beside MAE, SimCLR, random init, supervised (BenchIJEPA.comparison); anything on a GPU
 
 The features are the mean of the patches' vectors after the last norm, the target encoder's; probes are mae.py's.

@@ -5,12 +5,12 @@
 """I-JEPA: from a part of an image, predict what another network makes of the rest, instead of its pixels.
 
 A transformer, the encoder, sees one large block of patches, the context. A narrow second one, the predictor, is told
-where four smaller blocks lie that were cut out of it, and predicts for each of their patches the vector that the target
-encoder, which sees the whole image, has there [1]. The target encoder is a slow average of the encoder and gets no
-gradient: else the two would agree soonest on one vector for everything, and nothing would be learned.
+where smaller blocks lie, the targets, that were cut out of it, and predicts for each of their patches the vector that
+the target encoder, which sees the whole image, has there [1]. The target encoder is a slow average of the encoder and
+gets no gradient: else the two would agree soonest on one vector for everything, and nothing would be learned.
 
     python ijepa.py                                     # offline, ten kinds of shapes that the script draws
-    python ijepa.py --no-stop_gradient                  # or --no-ema: watch the features collapse
+    python ijepa.py --no-stop_gradient                  # watch the features collapse; --no-ema: targets move at once
     python ijepa.py --data cifar10 --dim 192 --depth 6 --predictor_dim 96 --predictor_depth 4 --targets 4 \\
         --batch_size 256 --lr 1e-3 --warmup 500 --ema_start 0.996 --epochs 50   # downloads 170 MB
     python ijepa.py --resume --epochs 40                # a finished run goes on, to a later end
@@ -33,14 +33,15 @@ What to expect (torch 2.13.0, two cores of an AMD EPYC, seed 0, n = 1; logs in a
 
 The features are the mean of the patches' vectors after the last norm, the target encoder's; probes are mae.py's.
 Differs from [1]: images are shifted and mirrored, not cropped at random sizes; masks fit small grids (sample_masks
-says how [1]'s code fails there); initial weights are Xavier's as in mae.py, for [1]'s deviation of .02, made for 1,280
-numbers per token, would leave narrow tokens little but their positions; defaults suit shapes and a CPU.
+says how [1]'s code fails there); initial weights are Xavier's, as in mae.py: with [1]'s deviation of .02 a patch of 48
+numbers of unit variance has .02 √48 = .14 beside positions of √½ = .71, and predicting positions is easy; defaults
+suit shapes and a CPU.
 
 Shapes: B batch, N patches, K of them context, M in a target block, R blocks per image, C channels, D the predictor's,
 H heads, P patch side, S image side; images are (B, 3, S, S), uint8 until normalised.
 
 [1] Assran et al. 2023, I-JEPA, arXiv 2301.08243v3, and its code, github.com/facebookresearch/ijepa
-[2] Grill et al. 2020, BYOL, arXiv 2006.07733v3    [3] van der Maaten and Hinton 2008, t-SNE, JMLR 9, 2579-2605
+[2] van der Maaten and Hinton 2008, t-SNE, JMLR 9, 2579-2605
 """
 
 import argparse, contextlib, copy, dataclasses, gc, hashlib, html, inspect, json, math, os, re, signal, struct, sys
@@ -958,7 +959,7 @@ def pca(x, k):
 
 
 def affinities(x, perplexity=30.0):
-    """P (N, N) of points x (N, C): how likely i and j are neighbours; it is symmetric, and its sum is 1 [3] §2, §3.
+    """P (N, N) of points x (N, C): how likely i and j are neighbours; it is symmetric, and its sum is 1 [2] §2, §3.
 
     p_{j|i} ~ exp(-β_i |x_i - x_j|²); bisection finds the β_i with which p's entropy is that of so many equal ones.
     """
@@ -979,7 +980,7 @@ def affinities(x, perplexity=30.0):
 
 
 def tsne_gradient(P, Y):
-    """The gradient (N, 2) of KL(P || Q) by the map Y (N, 2), in which q_ij ~ 1 / (1 + |y_i - y_j|²) [3] eq. 4, 5."""
+    """The gradient (N, 2) of KL(P || Q) by the map Y (N, 2), in which q_ij ~ 1 / (1 + |y_i - y_j|²) [2] eq. 4, 5."""
     square = (Y**2).sum(dim=1)
     kernel = 1 / (1 + (square[:, None] + square - 2 * Y @ Y.T).clamp(min=0))  # (N, N), Student's t
     kernel.fill_diagonal_(0)
@@ -988,11 +989,11 @@ def tsne_gradient(P, Y):
 
 
 def tsne(x, perplexity=30.0, iterations=1000, exaggerated=250):
-    """A map (N, 2) of points x (N, C) that keeps neighbours together [3] Algorithm 1; distances far off mean little.
+    """A map (N, 2) of points x (N, C) that keeps neighbours together [2] Algorithm 1; distances far off mean little.
 
     From 50 principal components. At first P is 12 times too large, so that clusters gather while there is room; then
-    momentum rises from .5 to .8. Differs from [3], where both last shorter: it starts at two components, so that
-    nothing is random, and the rate grows with N.
+    momentum rises from .5 to .8. Differs from [2], where P is 4 times too large, for 50 steps (§3.4, §4); and the map
+    starts at two components, so that nothing is random, and the rate grows with N.
     """
     x = pca(x.detach().cpu().double(), 50)
     P = affinities(x, min(perplexity, (len(x) - 1) / 3)).float()
@@ -1001,7 +1002,7 @@ def tsne(x, perplexity=30.0, iterations=1000, exaggerated=250):
     for step in range(iterations):
         early = step < exaggerated
         gradient = tsne_gradient(12 * P if early else P, Y)
-        same = (gradient > 0) == (velocity > 0)  # it turns back: each number has a rate of its own [3] §3.4
+        same = (gradient > 0) == (velocity > 0)  # it turns back: each number has a rate of its own [2] §3.4
         gain = torch.where(same, gain * 0.8, gain + 0.2).clamp(min=0.01)
         velocity = (0.5 if early else 0.8) * velocity - rate * gain * gradient
         Y = Y + velocity

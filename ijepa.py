@@ -1111,7 +1111,7 @@ def evaluate(model, train, val, c, autocast):
 
     Signs of a collapse: std, of normalised features times √C, falls from 1 towards 0; rankme, the dimensions in use,
     towards 1; and over_mean, the loss over that of predicting, whatever the image, the mean of all images' targets at
-    the place, stays near 1. A falling loss is no sign of progress: it falls fastest where all targets become alike.
+    the place, is 1 or more. A falling loss is no sign of progress: it falls fastest where all targets become alike.
     """
     model.eval()
     generator, total, of_mean = torch.Generator().manual_seed(0), 0.0, 0.0

@@ -1238,7 +1238,7 @@ def train(c, interrupts=()):
     steps = c.steps or math.ceil(c.epochs * per_epoch)
     run = RunFolder(c, saved, writes=rank == 0)
     yardsticks, few = dict(random_init=as_encode(fresh), pixels=lambda x: x.flatten(1)), c.probe_images
-    beside = {f"{name}_{key}": scores[key] for name, scores in probe_encoders(
+    beside = {f"{key}_{name}": scores[key] for name, scores in probe_encoders(
         yardsticks, CIFAR10_STATS, [t[:few] for t in train_split], val, val, (1.0,), autocast).items()
         for key in ("knn", "linear")}
     if rank == 0:
@@ -1300,15 +1300,15 @@ def look_at(run, model, train_split, val, beside, steps, c, autocast, world, sav
     if world > 1:  # the first rank's for all
         torch.distributed.broadcast_object_list(scores)
     [scores] = scores
-    text = [f"{key} {value:.4f}" + (f" (random init {beside[f'random_init_{key}']:.4f}, pixels "
-                                    f"{beside[f'pixels_{key}']:.4f})" if key in ("knn", "linear") else "")
+    text = [f"{key} {value:.4f}" + (f" (random init {beside[f'{key}_random_init']:.4f}, pixels "
+                                    f"{beside[f'{key}_pixels']:.4f})" if key in ("knn", "linear") else "")
             for key, value in scores.items()]
     run.log(f"step {run.step}/{steps} | " + " | ".join(text), seconds=run.seconds, **scores, **beside)
     if scores["knn"] > run.best:
         run.best = scores["knn"]
         save("best.pt")
     run.draw("accuracy on validation images", kNN="knn", **{"linear probe": "linear", "kNN of random init":
-             "random_init_knn", "kNN of pixels": "pixels_knn", "linear probe of pixels": "pixels_linear"})
+             "knn_random_init", "kNN of pixels": "knn_pixels", "linear probe of pixels": "linear_pixels"})
 
 
 @torch.no_grad()
@@ -1329,7 +1329,7 @@ def finish_simclr(run, model, yardsticks, train_split, val, test, c, autocast, d
                              autocast)
     print(f"on the test images, with the labels of {len(train_split[0]):,} training images, or 10% or 1% of them:")
     print(probe_table(results))
-    flat = {f"test_{key}" if name == c.loss else f"test_{name}_{key}": value
+    flat = {f"test_{key}{'' if name == c.loss else '_' + name}": value
             for name, scores in results.items() for key, value in scores.items()}
     draw_neighbours(encode, train_split, test, run.out / "neighbours.png", autocast)
     ours, fresh, memory = results[c.loss], results["random_init"], peak_mb(device)

@@ -9523,13 +9523,13 @@ class BenchViT(Bench):
 
     def cnn(self, *flags, pflop=0.125):
         """ResNet-56 and a ViT of as many parameters, with crop and flip, and equal compute, on a tenth of the labels
-        and on all; each with that learning rate of three that a fifth of the compute chose, on validation images."""
+        and on all; each with that learning rate of four that a fifth of the compute chose, on validation images."""
         scripts = {name: importlib.import_module(name) for name in ("vit", "resnet")}
         vit, resnet = scripts.values()
         macs = {"vit": vit.count_macs(vit.load_vit(vit.Config(arch="mini", patch_size=4), 10), 32),
                 "resnet": resnet.count_macs(resnet.load_network(resnet.Config(arch="resnet56"), 10), 32)}
         own = {"vit": "--arch mini --patch_size 4 --label_smoothing 0", "resnet": "--arch resnet56"}
-        for script, rates in dict(vit=(5e-4, 1e-3, 2e-3), resnet=(0.05, 0.1, 0.2)).items():
+        for script, rates in dict(vit=(5e-4, 1e-3, 2e-3, 4e-3), resnet=(0.05, 0.1, 0.2, 0.4)).items():
             bench = Bench()
             bench.script = script  # logs in assets/logs/vit/ and assets/logs/resnet/
 

@@ -244,20 +244,29 @@ class TestHouse(Case):
             self.assertNotIn(".." + "/shared", path.read_text() if path.exists() else "", path.name)
 
     def test_readme(self):
-        """The README's commands run, in their order and in one folder, with fewer steps."""
+        """The README's commands run, in their order and in one folder, with fewer steps; of those that need the
+        network, a GPU or hours, the flags are known."""
         readme = (HERE / "README.md").read_text() if (HERE / "README.md").exists() else self.skipTest("no README.md")
         blocks = re.findall(r"^```(\w*)\n(.*?)^```", readme, re.M | re.S)
         lines = "\n".join(text for kind, text in blocks if kind != "text").replace("\\\n", " ").splitlines()
+        inline = re.findall(r"`(python [^`]+|torchrun [^`]+)`", re.sub(r"^```.*?^```", "", readme, flags=re.M | re.S))
+        lines += [command for command in dict.fromkeys(inline) if command not in lines]
         commands = [shlex.split(part, comments=True) for line in lines for part in line.split("&&")]
-        commands = [c for c in commands if c[:1] == ["python"] and c[1] != "tests.py"]
-        elsewhere = re.compile("shakespeare|cifar|imagenet|^gpt2|^resnet|^vit|^cuda|--compile|--wandb|float16")
+        for c in commands:
+            if c[:1] == ["torchrun"]:
+                script = next(i for i, word in enumerate(c) if word.endswith(".py"))
+                c[:script] = ["torchrun"]
+        commands = [c for c in commands if c[:1] in (["python"], ["torchrun"]) and c[1] != "tests.py"]
+        elsewhere = re.compile("shakespeare|cifar|imagenet|^gpt2|^resnet|^vit|^cuda|--bench|--compile|--wandb|float16")
         done = []
         self.assertTrue(commands)
         with folder(self.dir):
-            for _, script, *flags in commands:
+            for how, script, *flags in commands:
                 with self.subTest(command=" ".join([script, *flags])):
                     self.assertIn(script.removesuffix(".py"), ALL)
-                    if script.removesuffix(".py") not in SCRIPTS or any(elsewhere.search(flag) for flag in flags):
+                    if how == "torchrun" or any(elsewhere.search(flag) for flag in flags):
+                        module = importlib.import_module(script[:-3])
+                        module.parse_config(flags) if script == "gpt2.py" else module.parse_flags(module.Config, "", flags)
                         continue  # needs the network, a GPU or hours
                     out = Path(flags[flags.index("--out") + 1] if "--out" in flags else f"out/{script[:-3]}")
                     later = {"--resume", "--sample_only", "--eval_only"} & {*flags}
@@ -276,11 +285,20 @@ class TestHouse(Case):
                     done.append(script)
         self.assertTrue(done, "none of the README's commands could be run")
 
+    def test_benchmarks_named(self):
+        """Each measurement that the README or a script names is there to be run."""
+        for path in [HERE / "README.md", *(HERE / f"{s}.py" for s in SCRIPTS)]:
+            for group, name in re.findall(r"\b(Bench[A-Z]\w+)\.(\w+)", path.read_text()):
+                self.assertTrue(callable(getattr(globals().get(group), name, None)), f"{path.name}: {group}.{name}")
 
     def test_readme_lines(self):
         """Each line that the README links to is there, and has what the link says."""
-        links = readme_links((HERE / "README.md").read_text())
+        readme = (HERE / "README.md").read_text()
+        links = readme_links(readme)
         self.assertGreater(len(links), 50)
+        for script in SCRIPTS:
+            lines = len((HERE / f"{script}.py").read_text().splitlines())
+            self.assertIn(f"[{script}.py]({script}.py), {lines:,} lines", readme, "python tests.py BenchReadme.lines")
         for _, script, fragment, number in links:
             lines = (HERE / script).read_text().splitlines()
             self.assertIn(fragment, "".join(lines[int(number) - 1:int(number)]), f"{script}#L{number}: python tests.py "
@@ -9864,6 +9882,9 @@ class BenchReadme:
                 print(f"{script} has no line with {fragment}")
             else:
                 text = text.replace(whole, whole.replace(f"#L{number}", f"#L{now}"))
+        for script in SCRIPTS:
+            lines = len((HERE / f"{script}.py").read_text().splitlines())
+            text = re.sub(rf"(\[{script}.py\]\({script}.py\), )[\d,]+ lines", rf"\g<1>{lines:,} lines", text)
         (HERE / "README.md").write_text(text)
 
 

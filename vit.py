@@ -1096,17 +1096,7 @@ def train(c, interrupts=()):
                     f"{ms:.1f} ms | {rate:.0f} images/s | {pflop:.3g} PFLOP", loss=loss, train_accuracy=accuracy,
                     lr=lr, ms=ms, seconds=run.seconds, images_per_s=rate, pflop=pflop)
         if due:
-            scores = [{} if c.full_train else evaluate(ema or raw, *val, c, autocast)]
-            if world > 1:  # the first rank's for all
-                torch.distributed.broadcast_object_list(scores)
-            if not c.full_train:  # else there are no images that it has not seen
-                run.check("val_loss", scores[0]["val_loss"], run.step)
-                run.log(f"step {run.step}/{steps} | " + " | ".join(f"{k} {v:.4f}" for k, v in scores[0].items()),
-                        seconds=run.seconds, **scores[0])
-            if c.full_train or scores[0]["val_accuracy"] > run.best:
-                run.best = scores[0].get("val_accuracy", -math.inf)
-                save("best.pt")
-            run.draw("accuracy", train="train_accuracy", val="val_accuracy")
+            validate(run, ema or raw, val, steps, c, autocast, world, save)
         if due or stop:
             save("ckpt.pt")
             clock = time.perf_counter()
@@ -1125,6 +1115,21 @@ def train(c, interrupts=()):
     elif rank == 0:
         finish_run(run, raw, test, classes, c, autocast, device)
     return 130 if stop else 0
+
+
+def validate(run, model, val, steps, c, autocast, world, save):
+    """Evaluate during the run: a log line and row, best.pt if the accuracy is best, and curves."""
+    scores = [{} if c.full_train else evaluate(model, *val, c, autocast)]
+    if world > 1:  # the first rank's for all
+        torch.distributed.broadcast_object_list(scores)
+    if not c.full_train:  # else there are no images that it has not seen
+        run.check("val_loss", scores[0]["val_loss"], run.step)
+        run.log(f"step {run.step}/{steps} | " + " | ".join(f"{k} {v:.4f}" for k, v in scores[0].items()),
+                seconds=run.seconds, **scores[0])
+    if c.full_train or scores[0]["val_accuracy"] > run.best:
+        run.best = scores[0].get("val_accuracy", -math.inf)
+        save("best.pt")
+    run.draw("accuracy", train="train_accuracy", val="val_accuracy")
 
 
 def finish_run(run, model, test, classes, c, autocast, device):

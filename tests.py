@@ -346,7 +346,7 @@ FIGURES = [
     ("vit/default_seed0", "{test_accuracy:.1%} of the test images are right"),
     ("vit/default_seed0", "({seconds:.0f} s on one core"),
     *((f"vit/{name}", "{test_accuracy:.2%}") for name in (
-        "recipe", "quarter", "quarter_trivial", "quarter_cutmix", "quarter_no_conv_stem", "quarter_cls",
+        "recipe", "plain", "quarter", "quarter_trivial", "quarter_cutmix", "quarter_no_conv_stem", "quarter_cls",
         "quarter_plain")),
     ("ijepa/default_seed0", "linear probe on the test images: {test_linear:.3f}, random init "
                             "{test_linear_random_init:.3f}"),

@@ -24,9 +24,10 @@ What to expect (torch 2.13.0, two cores of an AMD EPYC, seed 0, n = 1; logs in a
 - A training step of 192 × 6, patch 4, batch 256, in bfloat16 by AVX-512: 2.15 times as fast as the same model in plain
   fp32 eager, 1.41 times as under autocast with torch's attention; all augmentation is 1.6% of it: BenchViT.speed
 - CIFAR-10, JPEG copy, 192 × 6, patch 4, crop and flip: test accuracy 71.27% for 0.5 PFLOP (6 × MACs × images), 58
-  minutes on one core: BenchViT.recipe. For a quarter of it 59.52%; with TrivialAugment 57.56%, cutmix 48.51%, without
-  the conv stem 56.04%, with a class token 60.17%; [1]'s network with plain targets 51.30%: BenchViT.ablation
-- Not yet measured: the plain recipe for 0.5 PFLOP (BenchViT.plain), a convolutional network beside it (.cnn), a GPU
+  minutes on one core: BenchViT.recipe; [1]'s network with plain targets 62.97%: BenchViT.plain. For a quarter of that
+  compute 59.52%; with TrivialAugment 57.56%, cutmix 48.51%, without the conv stem 56.04%, with a class token 60.17%;
+  [1]'s network with plain targets 51.30%: BenchViT.ablation
+- Not yet measured: a convolutional network beside it (BenchViT.cnn), a GPU
 
 Differs from [1]: by default a stem of convolutions, fixed 2-D positions and the mean of the patches (--no-conv_stem
 --pos learned --pool cls is the paper's network); AdamW, decay .05 on weights alone, no dropout. From [2]: no

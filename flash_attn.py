@@ -1058,7 +1058,7 @@ def main(argv=None):
         print(f"flash_attn.py: {error}", file=sys.stderr)
         return error.status
     except (MemoryError, RuntimeError) as error:  # torch has a RuntimeError for it, on a CPU a plain one
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if isinstance(error, RuntimeError) and not re.search("(out of|allocate|enough) memory", str(error)):
             raise
         print(f"flash_attn.py: out of memory ({' '.join(str(error).split())[:200]}): lower --batch_size or T",
               file=sys.stderr)

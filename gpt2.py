@@ -132,7 +132,8 @@ class Config:
             if value == "" or name in known and value not in known[name]:
                 raise UserError(f"--{name} {value!r}: want {' or '.join(known.get(name, ['some text']))}")
             if type(value) in (int, float) and not (0 < value <= most or value == 0 and name in may_be_0):
-                raise UserError(f"--{name} {value}: want {'0' if name in may_be_0 else 'above 0'} to {most}")
+                up_to = f" to {most}" if most < sys.maxsize else ""
+                raise UserError(f"--{name} {value}: want a number {'from' if name in may_be_0 else 'above'} 0{up_to}")
         if self.optimizer == "sophia" and self.dtype == "float16":
             raise UserError("--optimizer sophia squares small gradients, too small for --dtype float16")
         if self.resume and self.init:

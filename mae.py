@@ -118,7 +118,8 @@ class Config:
             if value == "" or name in known and value not in known[name]:
                 raise UserError(f"--{name} {value!r}: want {' or '.join(known.get(name, ['some text']))}")
             if type(value) in (int, float) and not (0 < value <= most or value == 0 and name in may_be_0):
-                raise UserError(f"--{name} {value}: want {'0' if name in may_be_0 else 'above 0'} to {most}")
+                up_to = f" to {most}" if most < sys.maxsize else ""
+                raise UserError(f"--{name} {value}: want a number {'from' if name in may_be_0 else 'above'} 0{up_to}")
         if self.data not in ("shapes", "cifar10") and not (Path(self.data) / "cifar-10-batches-bin").is_dir():
             raise UserError(f"--data {self.data}: want shapes, cifar10, or a folder that holds cifar-10-batches-bin/")
         clashes = {
@@ -526,6 +527,8 @@ def cached_features(encode, images, stats, autocast):
     for x in images.split(500):
         with autocast:
             parts.append(encode(normalise(x, stats)).float())
+    if not all(z.isfinite().all() for z in parts):
+        raise UserError("features are infinite, there is nothing to probe: lower --lr", 1)
     return torch.cat(parts)
 
 
@@ -1056,8 +1059,7 @@ def train(c, interrupts=()):
 
 def look(run, model, train_split, val, beside, steps, c, autocast, world, save):
     """Evaluate during the run: a log line and row, best.pt if the linear probe is best, curves and a sheet."""
-    with one_line(f"no features to judge at step {run.step}: lower --lr; {run.out} keeps the last checkpoint", 1):
-        scores = [evaluate(model, train_split, val, c, autocast) | beside]
+    scores = [evaluate(model, train_split, val, c, autocast) | beside]
     if world > 1:  # the first rank's for all
         torch.distributed.broadcast_object_list(scores)
     run.check("val_loss", scores[0]["val_loss"], run.step)
@@ -1160,7 +1162,7 @@ def main(argv=None):
         print(f"mae.py: {error}", file=sys.stderr)
         return error.status
     except (MemoryError, RuntimeError) as error:  # torch has a RuntimeError for it, on a CPU a plain one
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if isinstance(error, RuntimeError) and not re.search("(out of|allocate|enough) memory", str(error)):
             raise
         print(f"mae.py: out of memory ({' '.join(str(error).split())[:200]}): lower --batch_size", file=sys.stderr)
         return 1

@@ -138,7 +138,8 @@ class Config:
             if value == "" or name in known and value not in known[name]:
                 raise UserError(f"--{name} {value!r}: want {' or '.join(known.get(name, ['some text']))}")
             if type(value) in (int, float) and not (0 < value <= most or value == 0 and name in may_be_0):
-                raise UserError(f"--{name} {value}: want {'0' if name in may_be_0 else 'above 0'} to {most}")
+                up_to = f" to {most}" if most < sys.maxsize else ""
+                raise UserError(f"--{name} {value}: want a number {'from' if name in may_be_0 else 'above'} 0{up_to}")
         if self.data not in ("shapes", "cifar10") and not (Path(self.data) / "cifar-10-batches-bin").is_dir():
             raise UserError(f"--data {self.data}: want shapes, cifar10, or a folder that holds cifar-10-batches-bin/")
         muon, fast = self.optimizer == "muon", self.arch == "fast"
@@ -1250,7 +1251,7 @@ def main(argv=None):
         print(f"resnet.py: {error}", file=sys.stderr)
         return error.status
     except (MemoryError, RuntimeError) as error:  # torch has a RuntimeError for it, on a CPU a plain one
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if isinstance(error, RuntimeError) and not re.search("(out of|allocate|enough) memory", str(error)):
             raise
         print(f"resnet.py: out of memory ({' '.join(str(error).split())[:200]}): lower --batch_size", file=sys.stderr)
         return 1

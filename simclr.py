@@ -4,14 +4,20 @@
 # ///
 """SimCLR, MoCo and VICReg: learn what images show from one demand: two distorted views of an image should look alike.
 
-An encoder that gives every image the same vector meets it too, so something must keep vectors apart, and in that
-above all the three differ. SimCLR [1] pushes each view away from all others of its batch, which has to be large;
+An encoder that gives every image the same vector (a collapse) meets it too, so something must keep vectors apart, and
+mainly in that the three differ. SimCLR [1] pushes each view away from all others of its batch, which has to be large;
 MoCo [2] [3] from a queue of older vectors, so that a small batch will do; VICReg [4] compares no two
 images: it asks each dimension to vary over the batch, and any two not to vary together.
 
+An image gives two views, the encoder makes features of each, a small head vectors of these, and the loss sees the
+vectors. Later the head is thrown away, and the features are judged by the labels of their nearest neighbours (kNN) and
+by what a linear classifier can do with them (a linear probe). In MoCo one view's vector is the query; the other's, by a
+slowly following copy of encoder and head, is its key; the queue holds the keys of earlier steps.
+
     python simclr.py                                    # offline, ten kinds of shapes that the script draws
     python simclr.py --loss moco                        # or vicreg; --data cifar10 downloads 170 MB
-    python simclr.py --data cifar10 --width 64 --batch_size 512 --optimizer sgd --temperature 0.5 --epochs 100
+    python simclr.py --data cifar10 --width 64 --batch_size 512 --optimizer sgd --temperature 0.5 --warmup 500 \\
+        --epochs 100
     python simclr.py --data cifar10 --batch_size 1024 --chunk 256   # a large batch in a small one's memory
     python simclr.py --encoder vit                      # then: python vit.py --init out/simclr/ckpt.pt
     python simclr.py --show_augment                     # augment.png: pairs of views
@@ -25,10 +31,12 @@ What to expect (torch 2.13.0, two cores of an AMD EPYC, seed 0, n = 1; logs in a
   (BenchSimCLR.hours --data cifar10); temperatures .1, .5, 1, and batches of 64, 256, 1024 (.temperatures, .batches)
 - On a GPU: not yet measured
 
-Differs from the papers: all three see the same views, with [1]'s colours for CIFAR-10 and no blur (VICReg's
-own differ between the two views and invert bright pixels); encoders are small; what is left of an epoch after its
-last whole batch is dropped. --batch_size is per process: N processes do what one does with the joined batch. But
-MoCo's running statistics are the first one's, and with --chunk batch norm sees a chunk of each at a time.
+Differs from the papers: all three see the same views, with [1]'s colours for CIFAR-10 and no blur (VICReg's code blurs
+and inverts bright pixels, each view with other probabilities), and crops of at least a fifth of the image, not .08;
+encoders are small; the weights that are tested are those with the best kNN on validation images; probes with a part of
+the labels choose their rate with all validation labels; what is left of an epoch after its last whole batch is dropped.
+--batch_size is per process: N processes do what one does with the joined batch. But MoCo's running statistics are the
+first one's, and with --chunk batch norm sees a chunk of each at a time.
 
 Shapes: B batch of a process, N views or images in a loss, C channels or features (D in VICReg's loss), K keys in the
 queue; images are (B, 3, height, width), uint8 until augmented.
@@ -65,10 +73,10 @@ class Config:
     # data
     data: str = "shapes"  # shapes (drawn by this script), cifar10, or a folder that holds cifar-10-batches-bin/
     data_dir: str = "data"  # where downloads land
-    labels: float = 1.0  # fraction of the training images that is used at all, the same of each class
+    labels: float = 1.0  # fraction of the training images that is used, with or without labels, the same of each class
     full_train: bool = False  # learn from the validation images too, without their labels; probes stay as they are
     # augmentation: each view draws its own
-    augment: str = "full"  # full, or crop_flip: colours stay, and tell which views are of one image
+    augment: str = "full"  # full, or crop_flip: colours stay, and give away which views belong together
     crop_min: float | None = None  # least share of the area that a view shows; None: 0.2, 0.4 for shapes
     jitter: float | None = None  # s: brightness, contrast, saturation × (1 ± .8 s), hue ± 72° s; None: 0.5, shapes 1
     grey: float | None = None  # probability that a view loses its colours; None: 0.2, 0.8 for shapes
@@ -82,11 +90,11 @@ class Config:
     init: str | None = None  # start from the encoder in a checkpoint of this script, vit.py, mae.py or ijepa.py
     # objective
     loss: str = "simclr"  # simclr, moco or vicreg
-    temperature: float = 0.2  # cosines are divided by it; [3] has 0.2, [1] §B.9 for CIFAR-10 0.5
-    chunk: int = 0  # images per pass in which a batch's gradient is computed (simclr, vicreg); 0: all at once
+    temperature: float = 0.2  # cosines are divided by it; [3] has 0.2, for CIFAR-10 [1] §B.9 0.5, [3]'s code 0.1
+    chunk: int = 0  # images encoded at once (simclr, vicreg), for a third more time; 0: all of a batch
     queue: int = 4096  # moco's keys, a multiple of a step's images, well below all images; [2]: 65536 for ImageNet
     momentum: float = 0.99  # of moco's key encoder; [2] has 0.999 for ImageNet
-    bn_splits: int = 8  # parts of moco's batch that batch norm standardises each on its own, as so many GPUs would
+    bn_splits: int = 4  # parts of moco's batch that batch norm standardises each on its own, as so many GPUs would
     invariance: float = 25.0  # vicreg: weight of the views' distance [4] §4.2
     variance: float = 25.0  # vicreg: weight of the hinge on standard deviations; 0 lets features collapse
     covariance: float = 1.0  # vicreg: weight of covariances; 0 lets dimensions say the same
@@ -123,7 +131,8 @@ class Config:
             if value == "" or name in known and value not in known[name]:
                 raise UserError(f"--{name} {value!r}: want {' or '.join(known.get(name, ['some text']))}")
             if type(value) in (int, float) and not (0 < value <= most or value == 0 and name in may_be_0):
-                raise UserError(f"--{name} {value}: want {'0' if name in may_be_0 else 'above 0'} to {most}")
+                up_to = f" to {most}" if most < sys.maxsize else ""
+                raise UserError(f"--{name} {value}: want a number {'from' if name in may_be_0 else 'above'} 0{up_to}")
         if self.data not in ("shapes", "cifar10") and not (Path(self.data) / "cifar-10-batches-bin").is_dir():
             raise UserError(f"--data {self.data}: want shapes, cifar10, or a folder that holds cifar-10-batches-bin/")
         self.width = self.width or WIDTHS[self.encoder]
@@ -404,7 +413,8 @@ class BatchNorm(nn.BatchNorm2d):
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
         running = (self.running_mean, self.running_var) if torch.is_grad_enabled() else (None, None)
         if self.splits or process()[1] == 1:
-            parts = [F.batch_norm(part, *running, self.weight, self.bias, True, self.momentum, self.eps)
+            momentum = self.momentum / max(1, self.splits)  # all parts move them about as far as a whole batch would
+            parts = [F.batch_norm(part, *running, self.weight, self.bias, True, momentum, self.eps)
                      for part in (x.chunk(self.splits) if self.splits > 1 else [x])]
             return torch.cat(parts) if len(parts) > 1 else parts[0]
         dims, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
@@ -600,7 +610,7 @@ class PatchEncoder(nn.Module):
 # ---- encoder, head, and moco's second pair of them -----------------------------------------------------------------
 
 def make_head(loss, C, dim):
-    """What makes the loss's vectors (N, dim) of the features (N, C), and is thrown away; each paper has its own."""
+    """The head: of features (N, C) it makes the vectors (N, dim) that the loss compares; each paper has its own."""
     if loss == "moco":  # [3] §3
         return nn.Sequential(nn.Linear(C, C), nn.ReLU(), nn.Linear(C, dim))
     if loss == "simclr":  # [1] §2.1; its code adds the batch norms, the last without a shift
@@ -635,7 +645,7 @@ class Contrastive(nn.Module):
 
     @torch.no_grad()
     def keys(self, x):
-        """Keys (B, head_dim) of length 1; no gradient is ever recorded for them."""
+        """Keys (B, head_dim) of length 1."""
         return F.normalize(at_least_fp32(self.key_head(self.key_encoder(x))), dim=1)
 
     @torch.no_grad()
@@ -776,7 +786,8 @@ def loss_backward(encode, x, c, last=lambda: None):
 def contrastive_step(model, raw, optimizer, autocast, images, c, step, steps, rank, world):
     """One update of the parameters; returns {name: value} of the batch's loss and scores, on the device.
 
-    N processes do what one does with the joined batch.
+    model is raw, compiled or wrapped for several processes where that is asked for: gradients go through model, MoCo's
+    keys and queue through raw. N processes do what one does with the joined batch.
     """
     model.train()
     for group in optimizer.param_groups:
@@ -819,6 +830,8 @@ def cached_features(encode, images, stats, autocast):
     for x in images.split(500):
         with autocast:
             parts.append(encode(normalise(x, stats)).float())
+    if not all(z.isfinite().all() for z in parts):
+        raise UserError("features are infinite, there is nothing to probe: lower --lr", 1)
     return torch.cat(parts)
 
 
@@ -1234,7 +1247,9 @@ def train(c, interrupts=()):
     if world > 1:
         model = nn.parallel.DistributedDataParallel(model)
     batch = c.batch_size * world
-    per_epoch = max(1, len(images) // batch)
+    if batch > len(images):  # else an image would stand in its own batch twice, as its own negative
+        raise UserError(f"--batch_size {c.batch_size}: {batch} images in a step, but only {len(images)} to train on")
+    per_epoch = len(images) // batch
     steps = c.steps or math.ceil(c.epochs * per_epoch)
     run = RunFolder(c, saved, writes=rank == 0)
     yardsticks, few = dict(random_init=as_encode(fresh), pixels=lambda x: x.flatten(1)), c.probe_images
@@ -1295,8 +1310,7 @@ def train(c, interrupts=()):
 
 def look_at(run, model, train_split, val, beside, steps, c, autocast, world, save):
     """Evaluate during the run: a log line and row, best.pt if kNN is best, and curves."""
-    with one_line(f"no features to judge at step {run.step}: lower --lr; {run.out} keeps the last checkpoint", 1):
-        scores = [evaluate(model, train_split, val, c, autocast)]
+    scores = [evaluate(model, train_split, val, c, autocast)]
     if world > 1:  # the first rank's for all
         torch.distributed.broadcast_object_list(scores)
     [scores] = scores
@@ -1431,7 +1445,7 @@ def main(argv=None):
         print(f"simclr.py: {error}", file=sys.stderr)
         return error.status
     except (MemoryError, RuntimeError) as error:  # torch has a RuntimeError for it, on a CPU a plain one
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if isinstance(error, RuntimeError) and not re.search("(out of|allocate|enough) memory", str(error)):
             raise
         print(f"simclr.py: out of memory ({' '.join(str(error).split())[:200]}): lower --batch_size, or give "
               "--chunk (simclr, vicreg)", file=sys.stderr)

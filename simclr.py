@@ -28,7 +28,7 @@ What to expect (torch 2.13.0, two cores of an AMD EPYC, seed 0, n = 1; logs in a
   probe .624 (.197, .173), with a tenth of the labels .557 (.159, .184), with 1% .429 (.120, .136)
 - Not yet measured: a step of ResNet-18, batch 256, augmentation included, against per-image PIL transforms in a
   DataLoader with two workers and fp32 eager (python tests.py BenchSimCLR.speed); CIFAR-10, half an hour per objective
-  (BenchSimCLR.hours --data cifar10); temperatures .1, .5, 1, and batches of 64, 256, 1024 (.temperatures, .batches)
+  (BenchSimCLR.hours); temperatures .1, .2, .5, 1, and batches of 64, 256, 1024 (.temperatures, .batches)
 - On a GPU: not yet measured
 
 Differs from the papers: all three see the same views, with [1]'s colours for CIFAR-10 and no blur (VICReg's code blurs

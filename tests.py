@@ -9833,8 +9833,8 @@ class BenchSimCLR(Bench):
             else:
                 done += batch
         theirs = done / (time.perf_counter() - began)
-        print(f"PIL, two workers, fp32 eager: {theirs:.1f} pairs/s; simclr.py does {rate['auto'] / theirs:.2f} times as "
-              f"many, in fp32 {rate['float32'] / theirs:.2f}")
+        print(f"PIL, two workers, fp32 eager: {theirs:.1f} pairs/s; simclr.py does {rate['auto'] / theirs:.2f} times "
+              f"as many, in fp32 {rate['float32'] / theirs:.2f}")
 
     def timed(self, name, minutes, *flags, test=False):
         """A run of about so many minutes of training, as many steps as eight of its own say; its best kNN on validation
@@ -9856,7 +9856,7 @@ class BenchSimCLR(Bench):
         rows = [json.loads(line) for line in open(f"out/bench/{name}/log.jsonl")]
         best = max((row for row in rows if "knn" in row), key=lambda row: row["knn"])
         print(f"{name}: {steps} steps, {last['seconds']:.0f} s | validation kNN {best['knn']:.4f}, linear "
-              f"{best['linear']:.4f}", {key: last[key] for key in last if key in ("test_knn", "test_linear")}, flush=True)
+              f"{best['linear']:.4f}", {key: last[key] for key in last if key.startswith("test_")}, flush=True)
         return best["knn"]
 
     def hours(self, *flags):

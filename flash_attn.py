@@ -628,7 +628,7 @@ def step_with(attend, model, x, y, autocast):
 # ---- schedule, files and errors ------------------------------------------------------------------------------------
 
 def learning_rate(step, peak, warmup, steps, floor=0.0):
-    """Linear warm-up to peak, then half a cosine down to floor · peak behind the last step (arXiv 1608.03983 eq. 5)."""
+    """Linear warm-up to peak, then half a cosine down to floor · peak after the last step (arXiv 1608.03983 eq. 5)."""
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
     progress = min(1.0, (step - warmup) / max(1, steps - warmup))
@@ -786,7 +786,7 @@ def train(c, interrupts=()):
     optimizer = torch.optim.AdamW(model.parameters(), c.lr, betas=(0.9, 0.98), weight_decay=0.0)
     saved = load_checkpoint(f"{c.out}/ckpt.pt") if c.resume else None
     if saved:
-        with one_line(f"{c.out}/ckpt.pt can't be gone on with"):
+        with one_line(f"{c.out}/ckpt.pt can't be resumed"):
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
     run, compiled = RunFolder(c, saved, writes=True), torch.compile(model) if c.compile else model
@@ -1037,7 +1037,7 @@ def parse_flags(config, doc, argv):
     flags = vars(parser.parse_args(argv))
     if flags.get("resume"):
         saved = load_checkpoint(f"{flags.get('out', config.out)}/ckpt.pt")["config"]
-        once = ("resume", "init", "stop_at", "out")
+        once = ("resume", "init", "stop_at", "out") + ("steps",) * ("epochs" in flags)  # steps win over epochs
         flags = {name: value for name, value in saved.items() if hasattr(config, name) and name not in once} | flags
     return config(**flags)
 

@@ -489,7 +489,7 @@ def make_optimizers(model, c):
 
 
 def learning_rate(step, peak, warmup, steps, floor=0.0):
-    """Linear warm-up to peak, then half a cosine down to floor · peak behind the last step (arXiv 1608.03983 eq. 5)."""
+    """Linear warm-up to peak, then half a cosine down to floor · peak after the last step (arXiv 1608.03983 eq. 5)."""
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
     progress = min(1.0, (step - warmup) / max(1, steps - warmup))
@@ -827,7 +827,7 @@ class Run:
         self.step, self.best, self.worse, self.seconds = 0, math.inf, 0, 0.0  # worse: evaluations since the best
         self.out, self.rows, self.wandb = Path(c.out), [], None
         if c.resume:
-            with one_line(f"{c.out}/ckpt.pt can't be gone on with"):
+            with one_line(f"{c.out}/ckpt.pt can't be resumed"):
                 saved = load_checkpoint(self.out / "ckpt.pt")
                 if saved["config"]["optimizer"] != c.optimizer:
                     raise UserError(f"--optimizer {c.optimizer}, but it has {saved['config']['optimizer']}'s state")

@@ -91,12 +91,12 @@ class Config:
     # objective
     ema: bool = True  # targets from an average of the encoder's weights; else from the encoder as it is
     ema_start: float = 0.95  # the average's momentum at first; [1]'s code: .996; it rises linearly
-    ema_end: float = 1.0  # to this behind the last step
+    ema_end: float = 1.0  # to this after the last step
     stop_gradient: bool = True  # else targets come from the encoder, which the gradient then bends to be predictable
     # optimiser
     lr: float = 2e-3  # peak, whatever the batch
     weight_decay: float = 0.04  # at first, on weights alone, not on biases and norms, as in [1]'s code
-    weight_decay_end: float = 0.4  # behind the last step; a cosine leads there
+    weight_decay_end: float = 0.4  # after the last step; a cosine leads there
     warmup: int = 100  # steps of linear warm-up
     batch_size: int = 64  # images per micro-batch
     grad_accum: int = 1  # micro-batches per step and process
@@ -553,7 +553,7 @@ def load_optimizers(optimizers, states):
 
 
 def learning_rate(step, peak, warmup, steps, floor=0.0):
-    """Linear warm-up to peak, then half a cosine down to floor · peak behind the last step (arXiv 1608.03983 eq. 5)."""
+    """Linear warm-up to peak, then half a cosine down to floor · peak after the last step (arXiv 1608.03983 eq. 5)."""
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
     progress = min(1.0, (step - warmup) / max(1, steps - warmup))
@@ -561,7 +561,7 @@ def learning_rate(step, peak, warmup, steps, floor=0.0):
 
 
 def ramp(step, first, last, steps):
-    """From first at step 0 by half a cosine to last behind the last step."""
+    """From first at step 0 by half a cosine to last after the last step."""
     return last + (first - last) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
 
 
@@ -656,7 +656,7 @@ def linear_probe(train_z, train_y, val_z, val_y, test_z, test_y, rates=(1e-3, 3e
 
 def rankme(z):
     """In effect how many dimensions features (N, C) fill: exp of the entropy of p = σ / Σσ + 1e-7, σ their singular
-    values (arXiv 2210.02885v3). C if all are used alike, 1 if all features lie on a line."""
+    values (arXiv 2210.02885v3). At most the smaller of N and C; 1 if all features lie on a line through the origin."""
     p = torch.linalg.svdvals(z.cpu().double())
     p = p / p.sum() + 1e-7
     return (-(p * p.log()).sum()).exp().item()
@@ -676,7 +676,8 @@ def probe_encoders(encoders, stats, train, val, test, fractions, autocast):
     """
     results = {}
     for name, encode in encoders.items():
-        train_z, val_z, test_z = (cached_features(encode, x, stats, autocast) for x, _ in (train, val, test))
+        train_z, val_z = (cached_features(encode, x, stats, autocast) for x, _ in (train, val))
+        test_z = val_z if test is val else cached_features(encode, test[0], stats, autocast)
         scores = results[name] = dict(knn=knn_accuracy(train_z, train[1], test_z, test[1]))
         for fraction in fractions:
             some = balanced_subset(train[1], fraction)
@@ -1211,7 +1212,7 @@ def train(c, interrupts=()):
     images = torch.cat((train_split[0], val[0])) if c.full_train else train_split[0]
     optimizer = adamw_groups(raw, c.weight_decay)
     if saved:
-        with one_line(f"{c.out}/ckpt.pt can't be gone on with"):
+        with one_line(f"{c.out}/ckpt.pt can't be resumed"):
             raw.load_state_dict(saved["model"])
             load_optimizers([optimizer], saved["optimizer"])
     model = torch.compile(raw) if c.compile else raw  # raw, not compiled, is what is evaluated and saved
@@ -1357,7 +1358,7 @@ def parse_flags(config, doc, argv):
     flags = vars(parser.parse_args(argv))
     if flags.get("resume"):
         saved = load_checkpoint(f"{flags.get('out', config.out)}/ckpt.pt")["config"]
-        once = ("resume", "init", "stop_at", "out")
+        once = ("resume", "init", "stop_at", "out") + ("steps",) * ("epochs" in flags)  # steps win over epochs
         flags = {name: value for name, value in saved.items() if hasattr(config, name) and name not in once} | flags
     return config(**flags)
 

@@ -10,12 +10,13 @@ them, with one and the same learned token in each gap, and predicts the removed 
 the decoder is thrown away, and what the encoder has learned is probed here, or trained on by vit.py.
 
     python mae.py                                       # offline, ten kinds of shapes that the script draws
-    python mae.py --data cifar10 --dim 192 --depth 6 --decoder_dim 128 --decoder_depth 2 --mask_ratio 0.75 \\
-        --norm_pix_loss --batch_size 256 --lr 1.5e-3 --warmup 500 --epochs 50   # downloads 170 MB
+    python mae.py --data cifar10 --dim 192 --depth 6 --heads 3 --decoder_dim 128 --decoder_depth 2 --decoder_heads 4 \\
+        --mask_ratio 0.75 --norm_pix_loss --batch_size 256 --lr 1.5e-3 --warmup 500 --epochs 50   # downloads 170 MB
     python mae.py --resume --epochs 40                  # a finished run goes on, to a later end
     python vit.py --init out/mae/ckpt.pt --lr 1e-3 --layer_decay 0.75           # fine-tune the encoder, with labels
-    python mae.py --reconstruct mae_visualize_vit_base --picture photo.jpg      # downloads 450 MB; needs pillow
-    torchrun --nproc_per_node=8 mae.py --data cifar10 --dim 192 --depth 12 --mask_ratio 0.75 --lr 1e-3 --epochs 400
+    python mae.py --reconstruct mae_visualize_vit_base --mask_ratio 0.75 --picture photo.jpg    # 450 MB; needs pillow
+    torchrun --nproc_per_node=8 mae.py --data cifar10 --dim 192 --depth 12 --heads 3 --decoder_dim 128 \\
+        --decoder_depth 2 --decoder_heads 4 --mask_ratio 0.75 --norm_pix_loss --lr 1e-3 --warmup 1700 --epochs 400
 
 and in Python: model = MAE.from_pretrained("mae_pretrain_vit_base_full"), then loss, pred, mask = model(images), or
 model.features(images) -> (B, C), images being normalise(uint8, model.stats, 224).
@@ -30,8 +31,10 @@ What to expect (torch 2.13.0, two cores of an AMD EPYC, seed 0, n = 1; logs in a
   decoders of 1, 2, 4 blocks, ten minutes each (BenchMAE.ablation)
 - On a GPU: not yet measured
 
-The features are the mean of the patches' vectors after the last norm, or with --pool cls the class token's. The
-linear probe is trained on features that are cached without augmentation, by SGD; [1] §A.1 has LARS and crops.
+The features are the mean of the patches' vectors after the last norm, or with --pool cls the class token's, which [1]
+probes, and which vit.py --init reads unless --no-class_token. Random init is the same encoder before it learned, pixels
+are the image itself as features. The linear probe is trained on features that are cached without augmentation, by SGD;
+[1] §A.1 has LARS and crops.
 Differs from [1]: by default half of the patches are removed and plain pixels predicted, which suits the flat colours
 of shapes; images are shifted and mirrored instead of cropped at random sizes (Table 1e: crops of one size do nearly
 as well); no decay on tokens, which [1]'s code decays; a block mask is one rectangle.
@@ -79,9 +82,9 @@ class Config:
     # model
     patch_size: int = 4  # side of a patch in pixels
     dim: int = 128  # numbers per token in the encoder
-    depth: int = 4  # its blocks
-    heads: int = 4  # and heads of each
-    decoder_dim: int = 64  # the same of the decoder, which may be small [1] Table 1b
+    depth: int = 4  # blocks of the encoder
+    heads: int = 4  # attention heads of each
+    decoder_dim: int = 64  # numbers per token in the decoder, which may be small [1] Table 1b
     decoder_depth: int = 1  # one block is enough for fine-tuning; a linear probe wants more [1] Table 1a
     decoder_heads: int = 2  # 32 numbers per head, as in [1]
     class_token: bool = True  # a token of its own, which the decoder reads too [1] §A.1
@@ -129,7 +132,7 @@ class Config:
                 self.reconstruct and self.reconstruct not in OFFICIAL and not Path(self.reconstruct).is_file(),
             f"--picture {self.picture}: give --reconstruct with it": self.picture and not self.reconstruct,
             f"--picture {self.picture}: no such file": self.picture and not Path(self.picture).is_file(),
-            f"--pool cls has no token to read with --no-class_token": self.pool == "cls" and not self.class_token,
+            "--pool cls has no token to read with --no-class_token": self.pool == "cls" and not self.class_token,
             f"--patch_size {self.patch_size} does not divide images of 32 pixels": 32 % self.patch_size,
             f"--dim {self.dim} is no multiple of 4 and of --heads {self.heads}":
                 self.dim % 4 or self.dim % self.heads,
@@ -364,8 +367,9 @@ class MAE(nn.Module):
         has the encoder alone.
 
         name_or_path: one of OFFICIAL (downloaded, 340 MB to 1.3 GB), a .pth file with their names inside, or a .pt.
-        changes are arguments of MAE. Unless said, official encoders have 64 channels per head, decoders 32, and files
-        with "visualize" in their names predict pixels, others normalised ones. Raises ValueError if it is no MAE's.
+        changes are arguments of MAE. Unless said, official encoders have 64 channels per head (ViT-Huge 80), decoders
+        32, and files with "visualize" in their names predict pixels, others normalised ones. Raises ValueError if it
+        is no MAE's.
         """
         path = Path(name_or_path)
         if name_or_path in OFFICIAL:
@@ -386,7 +390,7 @@ class MAE(nn.Module):
 
                 settings = dict(
                     image_size=P * math.isqrt(w["pos_embed"].size(1) - first), patch_size=P, dim=dim,
-                    depth=depth("blocks."), heads=max(1, dim // 64), decoder_dim=decoder_dim,
+                    depth=depth("blocks."), heads=16 if dim == 1280 else max(1, dim // 64), decoder_dim=decoder_dim,
                     decoder_depth=depth("decoder_blocks.") or 8, decoder_heads=max(1, decoder_dim // 32),
                     norm_pix_loss="visualize" not in path.name, class_token=bool(first))
             model = cls(**{**settings, **changes})
@@ -395,7 +399,7 @@ class MAE(nn.Module):
             missing, unexpected = model.load_state_dict(w, strict=False)  # raises if a shape differs
             wrong = {*missing} ^ set(decoder if model.fresh_decoder else ()) | {*unexpected}
             if wrong:
-                raise UserError(f"{path} is of another model: {', '.join(sorted(wrong)[:3])} should not differ")
+                raise UserError(f"{path} is of another model: it or an MAE lacks {', '.join(sorted(wrong)[:3])}")
         return model
 
 
@@ -492,7 +496,7 @@ def load_optimizers(optimizers, states):
 
 
 def learning_rate(step, peak, warmup, steps, floor=0.0):
-    """Linear warm-up to peak, then half a cosine down to floor · peak behind the last step (arXiv 1608.03983 eq. 5)."""
+    """Linear warm-up to peak, then half a cosine down to floor · peak after the last step (arXiv 1608.03983 eq. 5)."""
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
     progress = min(1.0, (step - warmup) / max(1, steps - warmup))
@@ -579,7 +583,7 @@ def linear_probe(train_z, train_y, val_z, val_y, test_z, test_y, rates=(1e-3, 3e
 
 def rankme(z):
     """In effect how many dimensions features (N, C) fill: exp of the entropy of p = σ / Σσ + 1e-7, σ their singular
-    values (arXiv 2210.02885v3). C if all are used alike, 1 if all features lie on a line."""
+    values (arXiv 2210.02885v3). At most the smaller of N and C; 1 if all features lie on a line through the origin."""
     p = torch.linalg.svdvals(z.cpu().double())
     p = p / p.sum() + 1e-7
     return (-(p * p.log()).sum()).exp().item()
@@ -599,7 +603,8 @@ def probe_encoders(encoders, stats, train, val, test, fractions, autocast):
     """
     results = {}
     for name, encode in encoders.items():
-        train_z, val_z, test_z = (cached_features(encode, x, stats, autocast) for x, _ in (train, val, test))
+        train_z, val_z = (cached_features(encode, x, stats, autocast) for x, _ in (train, val))
+        test_z = val_z if test is val else cached_features(encode, test[0], stats, autocast)
         scores = results[name] = dict(knn=knn_accuracy(train_z, train[1], test_z, test[1]))
         for fraction in fractions:
             some = balanced_subset(train[1], fraction)
@@ -989,7 +994,7 @@ def train(c, interrupts=()):
     images = torch.cat((train_split[0], val[0])) if c.full_train else train_split[0]
     optimizer = decay_weights(raw, c.weight_decay)
     if saved:
-        with one_line(f"{c.out}/ckpt.pt can't be gone on with"):
+        with one_line(f"{c.out}/ckpt.pt can't be resumed"):
             raw.load_state_dict(saved["model"])
             load_optimizers([optimizer], saved["optimizer"])
     model = torch.compile(raw) if c.compile else raw  # raw, not compiled, is what is evaluated and saved
@@ -1140,7 +1145,7 @@ def parse_flags(config, doc, argv):
     flags = vars(parser.parse_args(argv))
     if flags.get("resume"):
         saved = load_checkpoint(f"{flags.get('out', config.out)}/ckpt.pt")["config"]
-        once = ("resume", "init", "stop_at", "out")
+        once = ("resume", "init", "stop_at", "out") + ("steps",) * ("epochs" in flags)  # steps win over epochs
         flags = {name: value for name, value in saved.items() if hasattr(config, name) and name not in once} | flags
     return config(**flags)
 

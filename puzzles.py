@@ -829,7 +829,7 @@ def train(c, interrupts=()):
     f, out, w, lr = layers(c.mine), Path(c.out), initial_weights(c), 0.0
     state = dict(model=w, optimizer={k: 0 * p for k, p in w.items()}, step=0, best=-1.0, seconds=0.0, rows=[])
     if c.resume:
-        with one_line(f"{out}/ckpt.pt can't be gone on with"):
+        with one_line(f"{out}/ckpt.pt can't be resumed"):
             saved = load_checkpoint(out / "ckpt.pt")
             if any(saved[part][name].shape != p.shape for name, p in w.items() for part in ("model", "optimizer")):
                 raise UserError(f"{out}/ckpt.pt has another --width")

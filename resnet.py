@@ -572,7 +572,7 @@ def load_optimizers(optimizers, states):
 
 
 def learning_rate(step, peak, warmup, steps, floor=0.0):
-    """Linear warm-up to peak, then half a cosine down to floor · peak behind the last step (arXiv 1608.03983 eq. 5)."""
+    """Linear warm-up to peak, then half a cosine down to floor · peak after the last step (arXiv 1608.03983 eq. 5)."""
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
     progress = min(1.0, (step - warmup) / max(1, steps - warmup))
@@ -981,7 +981,7 @@ def train(c, interrupts=()):
     ema = copy.deepcopy(raw).requires_grad_(False) if c.ema else None
     optimizers = sgd_or_muon(raw, c)
     if saved:
-        with one_line(f"{c.out}/ckpt.pt can't be gone on with"):
+        with one_line(f"{c.out}/ckpt.pt can't be resumed"):
             raw.load_state_dict(saved["model"])
             load_optimizers(optimizers, saved["optimizer"])
             if ema is not None:
@@ -1229,7 +1229,7 @@ def parse_flags(config, doc, argv):
     flags = vars(parser.parse_args(argv))
     if flags.get("resume"):
         saved = load_checkpoint(f"{flags.get('out', config.out)}/ckpt.pt")["config"]
-        once = ("resume", "init", "stop_at", "out")
+        once = ("resume", "init", "stop_at", "out") + ("steps",) * ("epochs" in flags)  # steps win over epochs
         flags = {name: value for name, value in saved.items() if hasattr(config, name) and name not in once} | flags
     return config(**flags)
 

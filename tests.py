@@ -346,7 +346,7 @@ FIGURES = [
       (("batch", "256_lr0.2"), ("layer", "256_lr0.05"), ("none", "256_lr0.0125"), ("batch", "2_lr0.005"),
        ("layer", "2_lr0.005"), ("none", "2_lr0.005"))),
     ("vit/default_seed0", "drawn shapes: {test_accuracy:.1%} of the test images"),
-    ("vit/default_seed0", "{test_accuracy:.1%} of the test images are right"),
+    ("vit/default_seed0", "{test_accuracy:.1%} test accuracy after 12 epochs"),
     ("vit/default_seed0", "({seconds:.0f} s on one core"),
     *((f"vit/{name}", "{test_accuracy:.2%}") for name in (
         "recipe", "plain", "quarter", "quarter_trivial", "quarter_cutmix", "quarter_no_conv_stem", "quarter_cls",

@@ -370,8 +370,8 @@ FIGURES = [
         f"{{test_{key}{suffix}:>12.4f}}" for key in ("knn", "linear", "linear_10%", "linear_1%", "rankme", "std")))
       for label, suffix in (("simclr", ""), ("random_init", "_random_init"), ("pixels", "_pixels"))),
     ("flash_attn/default_seed0", "after {seconds:.0f} s of training"),
-    ("flash_attn/default_seed0", "keeps {kept_mb:.1f} MB of a sequence"),
-    ("flash_attn/default_seed0", "naive attention keeps {kept_naive_mb:.1f} MB"),
+    ("flash_attn/default_seed0", "saves {kept_mb:.1f} MB per sequence"),
+    ("flash_attn/default_seed0", "naive attention saves {kept_naive_mb:.1f} MB"),
     ("flash_attn/torch", "instead of {seconds:.0f}, and"),
     ("flash_attn/naive", "naive attention takes {seconds:.0f} s"),
     ("puzzles/train_seed0", "test loss {test_loss:.4f} | accuracy {test_accuracy:.4f} | {seconds:.0f} s of training | "

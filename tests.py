@@ -9551,7 +9551,7 @@ class BenchViT(Bench):
         macs = {"vit": vit.count_macs(vit.load_vit(vit.Config(arch="mini", patch_size=4), 10), 32),
                 "resnet": resnet.count_macs(resnet.load_network(resnet.Config(arch="resnet56"), 10), 32)}
         own = {"vit": "--arch mini --patch_size 4 --label_smoothing 0", "resnet": "--arch resnet56"}
-        for script, rates in dict(vit=(5e-4, 1e-3, 2e-3, 4e-3), resnet=(0.05, 0.1, 0.2, 0.4)).items():
+        for script, rates in dict(vit=(5e-4, 1e-3, 2e-3, 4e-3), resnet=(0.0125, 0.025, 0.05, 0.1)).items():
             bench = Bench()
             bench.script = script  # logs in assets/logs/vit/ and assets/logs/resnet/
 

@@ -1279,7 +1279,10 @@ def train(c, interrupts=()):
 
 def look_ijepa(run, model, train_split, val, beside, steps, c, autocast, world, save):
     """Evaluate during the run: a log line and row, best.pt if the linear probe is best, and curves."""
-    scores = [evaluate(model, train_split, val, c, autocast) | beside]
+    try:
+        scores = [evaluate(model, train_split, val, c, autocast) | beside]
+    except UserError as error:
+        raise UserError(f"{error} (at step {run.step}; {run.out} keeps the last checkpoint)", 1) from error
     if world > 1:  # the first rank's for all
         torch.distributed.broadcast_object_list(scores)
     run.check("val_loss", scores[0]["val_loss"], run.step)

@@ -1311,7 +1311,10 @@ def train(c, interrupts=()):
 
 def look_at(run, model, train_split, val, beside, steps, c, autocast, world, save):
     """Evaluate during the run: a log line and row, best.pt if kNN is best, and curves."""
-    scores = [evaluate(model, train_split, val, c, autocast)]
+    try:
+        scores = [evaluate(model, train_split, val, c, autocast)]
+    except UserError as error:
+        raise UserError(f"{error} (at step {run.step}; {run.out} keeps the last checkpoint)", 1) from error
     if world > 1:  # the first rank's for all
         torch.distributed.broadcast_object_list(scores)
     [scores] = scores

@@ -284,7 +284,7 @@ class TestHouse(Case):
                     trains = script != "puzzles.py" or flags[:1] == ["train"]
                     short = ["--steps", 2, *SHORT.get(script[:-3], ())] if trains else []
                     status, _, err = run(script[:-3], *flags, *short)
-                    self.assertEqual(status, 0, err)
+                    self.assertIn(status, (0, 1) if flags[:1] == ["check"] else (0,), err)  # 1: not yet answered
                     done.append(script)
         self.assertTrue(done, "none of the README's commands could be run")
 

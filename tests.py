@@ -10017,6 +10017,20 @@ class BenchIJEPA(Bench):
             sys.exit("--compare failed")
         text = json.dumps(dict(json.loads(Path("out/bench/compare/compare.json").read_text()), **about("ijepa.py")))
         (HERE / "assets" / "logs" / self.script / "compare.json").write_text(text + "\n")
+        self.curves()
+
+    def curves(self):
+        """Charts of kNN on validation images from the rows' logs, at equal images and at equal seconds."""
+        ijepa, logs = importlib.import_module("ijepa"), HERE / "assets" / "logs" / self.script
+        for label, x in (("images", lambda row: 128 * row["step"]), ("seconds", lambda row: row["seconds"])):
+            series = {}
+            for name in self.ROWS:
+                path = logs / f"{name}.jsonl"
+                rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+                points = [(x(row), row["knn"]) for row in rows if "knn" in row]
+                series |= {name: points} if points else {}
+            ijepa.curves_svg(HERE / "assets" / f"ijepa_knn_{label}.svg", series, f"{label}, of training",
+                             "kNN, validation")
 
     def speed(self, rounds=5):
         """A step of 192 × 6, patch 4, predictor 96 × 4, batch 256, contexts of 30 patches and four targets of 10:

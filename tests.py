@@ -351,6 +351,7 @@ FIGURES = [
     *((f"vit/{name}", "{test_accuracy:.2%}") for name in (
         "recipe", "plain", "quarter", "quarter_trivial", "quarter_cutmix", "quarter_no_conv_stem", "quarter_cls",
         "quarter_plain")),
+    *((f"{script}/equal_labels{labels}", "{test_accuracy:.2%}") for script in ("vit", "resnet") for labels in (0.1, 1.0)),
     ("ijepa/default_seed0", "linear probe on the test images: {test_linear:.3f}, random init "
                             "{test_linear_random_init:.3f}"),
     ("ijepa/default_seed0", "({seconds:.0f} s of training on one core"),

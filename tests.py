@@ -351,10 +351,14 @@ FIGURES = [
     *((f"vit/{name}", "{test_accuracy:.2%}") for name in (
         "recipe", "plain", "quarter", "quarter_trivial", "quarter_cutmix", "quarter_no_conv_stem", "quarter_cls",
         "quarter_plain")),
-    *((f"{script}/equal_labels{labels}", "{test_accuracy:.2%}") for script in ("vit", "resnet") for labels in (0.1, 1.0)),
+    *((f"{script}/equal_labels{labels}", "{test_accuracy:.2%}") for script in ("vit", "resnet")
+      for labels in (0.1, 1.0)),
     ("ijepa/default_seed0", "linear probe on the test images: {test_linear:.3f}, random init "
                             "{test_linear_random_init:.3f}"),
     ("ijepa/default_seed0", "({seconds:.0f} s of training on one core"),
+    ("ijepa/ijepa", "kNN on the validation images is {knn:.3f} and the linear probe {linear:.3f}; random init has "
+                    "{knn_random_init:.3f} and {linear_random_init:.3f}, the pixels {knn_pixels:.3f} and "
+                    "{linear_pixels:.3f}"),
     *(("ijepa/default_seed0", f"{label:>12}" + "".join(
         f"{{test_{key}{suffix}:>12.4f}}" for key in ("knn", "linear", "linear_10%", "linear_1%", "rankme", "std")))
       for label, suffix in (("ijepa", ""), ("random_init", "_random_init"), ("pixels", "_pixels"))),

@@ -356,6 +356,8 @@ FIGURES = [
     ("ijepa/default_seed0", "linear probe on the test images: {test_linear:.3f}, random init "
                             "{test_linear_random_init:.3f}"),
     ("ijepa/default_seed0", "({seconds:.0f} s of training on one core"),
+    ("ijepa/mae", "takes {step:,} steps in as much time with the same encoder ([log](assets/logs/ijepa/mae.jsonl)), "
+                  "and has {knn:.3f} and {linear:.3f}"),
     ("ijepa/ijepa", "kNN on the validation images is {knn:.3f} and the linear probe {linear:.3f}; random init has "
                     "{knn_random_init:.3f} and {linear_random_init:.3f}, the pixels {knn_pixels:.3f} and "
                     "{linear_pixels:.3f}"),

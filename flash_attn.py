@@ -19,8 +19,8 @@ and in Python: flash_attention(q, k, v, causal=True), where q is (B, H, T_q, D),
 divide H (grouped queries). On a card it runs the Triton kernels below, else plain PyTorch.
 
 What to expect (torch 2.13.0, two AMD EPYC cores, fp32 unless said, seed 0, n = 1; logs in assets/logs/flash_attn/):
-- python flash_attn.py: test accuracy 1.0000 after 39 s of training (in fp32, as all of these); a sequence keeps
-  17.6 MB for the backward pass, with naive attention 153.6 MB, losses and gradients agree. Both runs in fp32: the same
+- python flash_attn.py: test accuracy 1.0000 after 38 s of training (in fp32, as all of these); a sequence keeps
+  17.9 MB for the backward pass, with naive attention 153.8 MB, losses and gradients agree. Both runs in fp32: the same
   losses to four digits in every log line; 42 s and 451 MB at most, naive 137 s and 1,113 MB: BenchFlashAttn.curves
 - T = 4,096, causal, 8 heads, D = 64, against torch's scaled_dot_product_attention: forward 1.18 of its time (138 ms),
   forward and backward 1.00 (427 ms); naive 9.5 and 5.7: python tests.py BenchFlashAttn.speed
@@ -204,15 +204,17 @@ def merge(o1, lse1, o2, lse2):
     Each output is the average under its own keys' weights; they count as their sums do: lse = log(e^lse1 + e^lse2),
     o = o1 e^(lse1 - lse) + o2 e^(lse2 - lse). A side without keys has lse = -inf.
     """
-    lse = torch.logaddexp(lse1, lse2)
-    safe = lse.masked_fill(lse == -math.inf, 0)[..., None]  # -inf - -inf would be NaN
-    return o1 * torch.exp(lse1[..., None] - safe) + o2 * torch.exp(lse2[..., None] - safe), lse
+    none = (lse1 == -math.inf) & (lse2 == -math.inf)  # -inf - -inf would be NaN, here and in logaddexp's gradient
+    lse = torch.logaddexp(lse1.masked_fill(none, 0), lse2.masked_fill(none, 0))
+    o = o1 * torch.exp(lse1 - lse)[..., None] + o2 * torch.exp(lse2 - lse)[..., None]
+    return o, lse.masked_fill(none, -math.inf)
 
 
 def add_tile(o, m, l, s, v):
     """[1] Algorithm 1, lines 9 and 10: take in scores s (R, C) of a tile's keys and their values v (C, D).
 
-    o (R, D) is a sum with weights e^(s - m) that add up to l (R, 1); it is divided once, after the last tile.
+    o (R, D) is a sum with weights e^(s - m) that add up to l (R, 1); it is divided once, after the last tile. (Line 10
+    as printed divides by the rescale e^(m - m'), a slip.) A first tile must not have -inf alone: -inf - -inf is NaN.
     """
     m_new = torch.maximum(m, s.amax(dim=-1, keepdim=True))
     p, old = torch.exp(s - m_new), torch.exp(m - m_new)  # (R, C), (R, 1)
@@ -407,7 +409,7 @@ def parts(LO, HI, first, last, SIZE: tl.constexpr):
 def forward_kernel(Q, K, V, O, LSE, LO, HI, scale, T_q, T_k, G, D: tl.constexpr, BLOCK_D: tl.constexpr,
                    ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """[1] Algorithm 1: a program makes the output of ROWS queries of a head. The scale has log2 e in it."""
-    first, h = tl.program_id(0) * ROWS, tl.program_id(1)
+    h, first = tl.program_id(0), tl.program_id(1) * ROWS
     i = first + tl.arange(0, ROWS)
     lo, hi = tl.load(LO + i, mask=i < T_q, other=0), tl.load(HI + i, mask=i < T_q, other=0)
     start, full, cut, stop = parts(LO, HI, first, tl.minimum(first + ROWS, T_q) - 1, COLUMNS)
@@ -444,7 +446,7 @@ def backward_tile(q, k, v, do, lse, delta, lo, hi, j, scale, MASKED: tl.constexp
 def dq_kernel(Q, K, V, DO, LSE, DELTA, DQ, LO, HI, scale, T_q, T_k, G, D: tl.constexpr, BLOCK_D: tl.constexpr,
               ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """A program makes dQ of ROWS queries of a head."""
-    first, h = tl.program_id(0) * ROWS, tl.program_id(1)
+    h, first = tl.program_id(0), tl.program_id(1) * ROWS
     i = first + tl.arange(0, ROWS)
     lo, hi = tl.load(LO + i, mask=i < T_q, other=0), tl.load(HI + i, mask=i < T_q, other=0)
     start, full, cut, stop = parts(LO, HI, first, tl.minimum(first + ROWS, T_q) - 1, COLUMNS)
@@ -465,7 +467,7 @@ def dq_kernel(Q, K, V, DO, LSE, DELTA, DQ, LO, HI, scale, T_q, T_k, G, D: tl.con
 def dkdv_kernel(Q, K, V, DO, LSE, DELTA, DK, DV, LO, HI, ROW_LO, ROW_HI, scale, T_q, T_k, G, D: tl.constexpr,
                 BLOCK_D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """A program makes dK and dV of COLUMNS keys, from all query heads that share them; no two write to one place."""
-    first, h = tl.program_id(0) * COLUMNS, tl.program_id(1)
+    h, first = tl.program_id(0), tl.program_id(1) * COLUMNS
     j = first + tl.arange(0, COLUMNS)
     start, full, cut, stop = parts(ROW_LO, ROW_HI, first, tl.minimum(first + COLUMNS, T_k) - 1, ROWS)
     k, v = load_tile(K, h, j, T_k, D, BLOCK_D), load_tile(V, h, j, T_k, D, BLOCK_D)
@@ -518,6 +520,11 @@ def triton_settings(q, k):
     return (q.shape[2], k.shape[2], q.shape[1] // k.shape[1], D, max(16, 1 << (D - 1).bit_length())), sizes
 
 
+def on_device(t):
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
+
+
 def triton_forward(q, k, v, lo, hi, scale):
     """Output and LSE, as tiled_forward."""
     if not q.is_cuda and q.dtype == torch.bfloat16:  # the interpreter's dot of bfloat16 is garbage
@@ -527,8 +534,9 @@ def triton_forward(q, k, v, lo, hi, scale):
     o, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     lo, hi = (t.to(q.device, torch.int32) for t in (lo, hi))
     if o.numel():
-        grid = -(-q.shape[2] // sizes["ROWS"]), q.shape[0] * q.shape[1]
-        forward_kernel[grid](q, k, v, o, lse, lo, hi, scale * LOG2E, *numbers, **sizes)
+        grid = q.shape[0] * q.shape[1], -(-q.shape[2] // sizes["ROWS"])  # the second may be 65,535 at most
+        with on_device(q):
+            forward_kernel[grid](q, k, v, o, lse, lo, hi, scale * LOG2E, *numbers, **sizes)
     return o, lse
 
 
@@ -544,11 +552,13 @@ def triton_backward(q, k, v, o, lse, do, dlse, lo, hi, scale):
     lo, hi, row_lo, row_hi = (t.to(q.device, torch.int32) for t in (lo, hi, *transpose(lo, hi, k.shape[2])))
     inputs = q, k, v, do, lse, delta
     if q.numel():
-        grid = -(-q.shape[2] // sizes["ROWS"]), q.shape[0] * q.shape[1]
-        dq_kernel[grid](*inputs, dq, lo, hi, scale * LOG2E, *numbers, **sizes)
+        grid = q.shape[0] * q.shape[1], -(-q.shape[2] // sizes["ROWS"])
+        with on_device(q):
+            dq_kernel[grid](*inputs, dq, lo, hi, scale * LOG2E, *numbers, **sizes)
     if k.numel():
-        grid = -(-k.shape[2] // sizes["COLUMNS"]), k.shape[0] * k.shape[1]
-        dkdv_kernel[grid](*inputs, dk, dv, lo, hi, row_lo, row_hi, scale * LOG2E, *numbers, **sizes)
+        grid = k.shape[0] * k.shape[1], -(-k.shape[2] // sizes["COLUMNS"])
+        with on_device(q):
+            dkdv_kernel[grid](*inputs, dk, dv, lo, hi, row_lo, row_hi, scale * LOG2E, *numbers, **sizes)
     return dq, dk, dv
 
 
@@ -609,10 +619,11 @@ def choose_attention(c):
 
 def step_with(attend, model, x, y, autocast):
     """Loss, gradients, and the MB that the forward pass keeps for the backward pass, with another attention."""
-    kept, old = {}, model.blocks[0].attend
+    kept, old, weights = {}, model.blocks[0].attend, {p.data_ptr() for p in model.parameters()}
 
     def keep(t):
-        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        if t.untyped_storage().data_ptr() not in weights:  # they are there anyhow
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
 
     for block in model.blocks:
@@ -622,7 +633,7 @@ def step_with(attend, model, x, y, autocast):
     grads = torch.autograd.grad(loss, list(model.parameters()))
     for block in model.blocks:
         block.attend = old
-    return loss.item(), grads, (sum(kept.values()) - sum(p.nbytes for p in model.parameters())) / 2**20
+    return loss.item(), grads, sum(kept.values()) / 2**20
 
 
 # ---- schedule, files and errors ------------------------------------------------------------------------------------
@@ -843,19 +854,25 @@ def train(c, interrupts=()):
 
 
 def test_and_compare(run, model, c, autocast, device):
-    """Test the best weights, once; set a step with flash_attention beside one with attention; write the last row."""
+    """Test the best weights, once; set a step with flash_attention beside one with attention, where its matrices fit
+    into half of free memory; write the last row."""
     memory = peak_mb(device)  # before attention adds to it
     model.load_state_dict(load_checkpoint(run.out / "best.pt")["model"])
     loss, accuracy = evaluate(model, c, 2, autocast, device)
-    x, y = (t.to(device) for t in retrieval_batch((c.seed, 2, 0), 1, c.block_size, c.n_values))
-    flash, naive = (step_with(choose_attention(dataclasses.replace(c, backend=b)), model, x, y, autocast)
-                    for b in ("auto" if c.backend == "naive" else c.backend, "naive"))
-    apart = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(flash[1], naive[1]))
-    print(f"a sequence with flash_attention, and with attention: loss {flash[0]:.6f}, {naive[0]:.6f} | gradients "
-          f"{apart:.1e} of their largest apart | kept for the backward pass {flash[2]:.1f} MB, {naive[2]:.1f} MB")
+    beside, matrices = {}, (2 * c.n_layer + 3) * 4 * c.n_head * c.block_size**2  # two of each layer are kept
+    if matrices > free_bytes(device) / 2:
+        print(f"no step with attention beside one with flash_attention: it takes {matrices / 2**30:.0f} GB")
+    else:
+        x, y = (t.to(device) for t in retrieval_batch((c.seed, 2, 0), 1, c.block_size, c.n_values))
+        flash, naive = (step_with(choose_attention(dataclasses.replace(c, backend=b)), model, x, y, autocast)
+                        for b in ("auto" if c.backend == "naive" else c.backend, "naive"))
+        apart = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(flash[1], naive[1]))
+        beside = dict(kept_mb=flash[2], kept_naive_mb=naive[2], gradients_apart=apart)
+        print(f"a sequence with flash_attention, and with attention: loss {flash[0]:.6f}, {naive[0]:.6f} | gradients "
+              f"{apart:.1e} of their largest apart | kept for the backward pass {flash[2]:.1f} MB, {naive[2]:.1f} MB")
     run.log(f"test loss {loss:.4f} | test accuracy {accuracy:.4f} | {run.seconds:.0f} s of training | "
-            f"peak {memory:.0f} MB", seconds=run.seconds, test_loss=loss, test_accuracy=accuracy, kept_mb=flash[2],
-            kept_naive_mb=naive[2], gradients_apart=apart, final=True, peak_mb=memory)
+            f"peak {memory:.0f} MB", seconds=run.seconds, test_loss=loss, test_accuracy=accuracy, **beside, final=True,
+            peak_mb=memory)
 
 
 # ---- bench and tile map --------------------------------------------------------------------------------------------
@@ -962,11 +979,13 @@ def bench(c):
         with one_line(f"{kind} at T = {T}", 1), concurrent.futures.ProcessPoolExecutor(1, spawn) as pool:
             forward, both, peak = pool.submit(bench_case, c, kind, T).result()
         work = flops(lo, hi, c.heads, c.head_dim)
-        moved = io_bytes(lo, hi, T, c.heads, c.head_dim, a.element_size(), naive=kind == "naive")
-        rows.append(dict(T=T, backend=kind, forward_ms=forward, both_ms=both, peak_mb=peak, io_mb=moved / 2**20))
+        tiles = triton_settings(a[None, None, :, :c.head_dim], a[None, None])[1] if kind == "triton" else {}
+        moved = None if kind == "sdpa" else io_bytes(  # its tiles are not known
+            lo, hi, T, c.heads, c.head_dim, a.element_size(), tiles.get("ROWS", ROWS), tiles.get("COLUMNS", COLUMNS),
+            kind == "naive") / 2**20
+        rows.append(dict(T=T, backend=kind, forward_ms=forward, both_ms=both, peak_mb=peak, io_mb=moved))
         print(f"{T:6} {kind:>8} {forward:9.2f} ms {both:11.2f} ms {peak:7.0f} MB {1e3 * work / forward / most:8.0%} "
-              f"{3.5e3 * work / both / most:7.0%} {math.nan if kind == 'sdpa' else moved / 2**20:7.0f} MB",
-              flush=True)
+              f"{3.5e3 * work / both / most:7.0%} " + ("" if moved is None else f"{moved:7.0f} MB"), flush=True)
     with one_line(f"can't make the folder {c.out}", status=1):
         Path(c.out).mkdir(parents=True, exist_ok=True)
     write_atomic(Path(c.out) / "bench.json", json.dumps(rows, indent=1).encode())
@@ -1060,8 +1079,8 @@ def main(argv=None):
     except (MemoryError, RuntimeError) as error:  # torch has a RuntimeError for it, on a CPU a plain one
         if isinstance(error, RuntimeError) and not re.search("(out of|allocate|enough) memory", str(error)):
             raise
-        print(f"flash_attn.py: out of memory ({' '.join(str(error).split())[:200]}): lower --batch_size or T",
-              file=sys.stderr)
+        print(f"flash_attn.py: out of memory ({' '.join(str(error).split())[:200]}): lower --batch_size or "
+              "--block_size", file=sys.stderr)
         return 1
     except SystemExit as error:  # --help
         return error.code or 0

@@ -15,7 +15,8 @@ model its own words; fine-tuning goes on with the same loss on other text, instr
     python gpt2.py --init gpt2 --eval_only --data my.txt
     python gpt2.py --init gpt2 --data my.jsonl --optimizer adamw --lr 3e-5 --block_size 512      # instructions
     torchrun --nproc_per_node=8 gpt2.py --data tokens/ --tokenizer gpt2 --pos learned --n_layer 12 --n_head 12 \\
-        --n_embd 768 --block_size 1024 --batch_size 32 --grad_accum 2 --compile      # 124M on *.bin of uint16 ids
+        --n_embd 768 --block_size 1024 --batch_size 32 --grad_accum 2 --optimizer adamw --lr 6e-4 --beta2 0.95 \\
+        --warmup 700 --steps 19000 --compile      # 124M on 10 billion tokens in *.bin of uint16 ids; not yet run
 
 What to expect (torch 2.13.0, two cores of an AMD EPYC, fp32, no compile, seed 1337, n = 1; logs in assets/logs/gpt2/):
 - python gpt2.py: val loss 1.313 (1.894 bits per byte) on Python 3.11's library, in 170 s of which 136 are training
@@ -67,7 +68,8 @@ class UserError(ValueError):
 
 # ---- config --------------------------------------------------------------------------------------------------------
 
-# Peak learning rates, each the best of a sweep: python tests.py BenchGPT2.optimizers, logs in assets/logs/gpt2/
+# Peak learning rates for the default model, from random weights, each the best of a sweep of 500 steps on Shakespeare:
+# python tests.py BenchGPT2.optimizers, logs in assets/logs/gpt2/
 LEARNING_RATES = dict(adamw=8e-3, adam=1.6e-2, lion=1e-3, sophia=1e-3, muon=3e-2)
 
 
@@ -88,7 +90,7 @@ class Config:
     init: str | None = None  # start from gpt2, gpt2-medium, gpt2-large, gpt2-xl, a .pt or .safetensors file, a folder
     # optimiser
     optimizer: str = "muon"  # adamw, adam (with L2 instead of decay), lion, sophia or muon
-    lr: float | None = None  # peak learning rate; None: the best of a sweep for the optimiser, see LEARNING_RATES
+    lr: float | None = None  # peak; None: LEARNING_RATES, for small models from scratch; --init gpt2 wants about 3e-5
     adam_lr: float = 6e-3  # peak rate of what muon leaves to AdamW: embeddings, biases, layer norms
     warmup: int = 100  # steps of linear warm-up
     weight_decay: float = 0.1  # on matrices only
@@ -874,8 +876,8 @@ class Run:
 def training_step(model, optimizers, scaler, autocast, data, c, step, device, rank, world):
     """One update of the parameters; returns the mean loss, which the device may still be working on.
 
-    Batches and dropout depend on (seed, step) alone: a resumed run goes on as if it had never stopped. N ranks do what
-    one rank does with N times the accumulation.
+    Batches and dropout depend on (seed, step) alone: a resumed run goes on as if it had never stopped. N ranks read
+    the batches that one rank reads with N times the accumulation; dropout and Sophia's estimate draw others.
     """
     torch.manual_seed(int(np.random.SeedSequence((c.seed, step, rank)).generate_state(1)[0]))  # dropout, Sophia
     for optimizer in optimizers:
@@ -887,7 +889,10 @@ def training_step(model, optimizers, scaler, autocast, data, c, step, device, ra
             logits = model(x, y)[0].float().flatten(0, 1)  # (B * T, V)
         labels = torch.multinomial(logits.detach().softmax(dim=-1), 1).flatten()  # (B * T,), the model's own
         F.cross_entropy(logits, labels.masked_fill(y.flatten() < 0, -100)).backward()
-        optimizers[0].update_hessian((y >= 0).sum() * world)
+        tokens = (y >= 0).sum()
+        if world > 1:  # ranks have other numbers of answers, and must all arrive at the same estimate
+            torch.distributed.all_reduce(tokens)
+        optimizers[0].update_hessian(tokens)
         optimizers[0].zero_grad()
     total = 0.0
     for micro in range(c.grad_accum):

@@ -460,7 +460,7 @@ ARCHS = {**{f"resnet{depth}": functools.partial(cifar_resnet, depth) for depth i
 
 
 def count_macs(model, size):
-    """Multiply-adds of one image (3, size, size) in convolutions and linear layers. Leaves model in evaluation mode."""
+    """Multiply-adds of one image (3, size, size) in convolutions and matrix products. Leaves it in evaluation mode."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.eval()(torch.zeros(1, 3, size, size, device=next(model.parameters()).device))
     return counter.get_total_flops() // 2  # a multiply-add is two

@@ -4884,6 +4884,9 @@ class TestFlashAttn(Case):
         for got, expected in zip(self.fa.merge(*none, *whole), whole):
             self.close(got, expected, 1e-15)
         self.assertEqual(self.fa.merge(*none, *none)[0].abs().max(), 0)
+        empty = [t.clone().requires_grad_() for t in none * 2]  # no NaN in gradients either
+        for g in torch.autograd.grad(self.fa.merge(*self.fa.merge(*empty), *whole)[0].sum(), empty, allow_unused=True):
+            self.assertEqual(g.abs().max(), 0)
         a, b = (self.fa.flash_attention(q, k[:, :, at], v[:, :, at], return_lse=True)  # with gradients through both
                 for at in (slice(7), slice(7, None)))
         do = torch.randn_like(q)

@@ -32,9 +32,9 @@ What to expect (torch 2.13.0, two cores of an AMD EPYC, seed 0, n = 1; logs in a
 - On a GPU: not yet measured
 
 Differs from [1]: by default a stem of convolutions, fixed 2-D positions and the mean of the patches (--no-conv_stem
---pos learned --pool cls is the paper's network); AdamW, decay .05 on weights alone, no dropout. From [2]: no
-distillation token, one head learns from labels and teacher, and the teacher's answers are stored, for unmixed images;
-TrivialAugment [3] where it has RandAugment. Each change from [3], [4], [5] and [6] is noted where it is.
+--pos learned --pool cls is the paper's network); AdamW, decay .05 on weights alone, no dropout. From [2]: no repeated
+augmentation, no distillation token, one head learns from labels and teacher, and the teacher's answers are stored, for
+unmixed images; TrivialAugment [3] where it has RandAugment. Changes from [3] to [6] are noted where they are.
 
 Shapes: B batch, N patches (with the class token where there is one), C channels, H heads, D head dim, P patch side;
 images are (B, 3, height, width), uint8 until normalised; of the augmentations, H and W are height and width.
@@ -86,7 +86,7 @@ class Config:
     cutmix: float = 0.0  # α of the Beta distribution of areas [5]; [2] has 1. With both, a coin per batch decides
     show_augment: bool = False  # write augment.png, a sheet of augmented images, and train nothing
     # model
-    arch: str = "mini"  # mini (128 wide, 4 deep), cifar (192, 6), small6 (256, 6), cifar9 (192, 9), tiny to large [1]
+    arch: str = "mini"  # mini (128 wide, 4 deep), cifar (192, 6), small6 (256, 6), cifar9 (192, 9), or tiny to large
     patch_size: int | None = None  # side of a patch in pixels; None: 8 (photos of 32 pixels want 4), or --init's
     pool: str | None = None  # what the head reads: cls, a token [1], or mean, of all patches; None: mean, or --init's
     pos: str | None = None  # position embedding: learned [1], or sincos, 2-D and fixed; None: sincos, or --init's
@@ -151,7 +151,8 @@ class Config:
             f"--patch_size {patch} does not divide images of {size} pixels": not self.init and size % patch,
             f"--conv_stem halves with each convolution: --patch_size {patch} is none of 2, 4, 8, 16, 32":
                 stem and patch not in (2, 4, 8, 16, 32),
-            "--batch_size 1: the conv stem's batch norm needs two images": stem and self.batch_size == 1}
+            "--batch_size 1: with one patch the conv stem's batch norm has nothing to average":
+                stem and self.batch_size == 1 and size == patch}
         for message, clash in clashes.items():
             if clash:
                 raise UserError(message)
@@ -264,7 +265,8 @@ def init_transformer(module):
 
 class ConvStem(nn.Module):
     """A patch embedding of 3×3 convolutions that halve height and width until a patch is one pixel, then 1×1 [7]:
-    patches overlap, and a network with little data is given the neighbourhood that it would have to learn."""
+    patches overlap, and a network with little data is given the neighbourhood that it would have to learn. [7]'s is
+    wider at its end, for which it leaves out a block."""
 
     def __init__(self, patch_size, dim):
         super().__init__()
@@ -338,10 +340,11 @@ class ViT(nn.Module):
     def from_pretrained(cls, name_or_path, heads=None, data_dir="data", **changes):
         """A ViT with official weights, or from a checkpoint of this script or of one whose encoder has timm's names.
 
-        name_or_path: one of OFFICIAL (downloaded, 23 MB to 1.2 GB), a .pth file with timm's or torchvision's names, or
-        a .pt. heads: dim // 64 unless the name or the checkpoint says otherwise. changes are arguments of ViT: another
-        image_size resizes the positions; another num_classes, or none in the file, gives a fresh head; pool="mean"
-        drops the class token. Raises ValueError if the file can't be read or doesn't fit.
+        name_or_path: one of OFFICIAL (downloaded, 23 MB to 1.2 GB), a .pth file with timm's or torchvision's names,
+        trained on images normalised with ImageNet's mean and deviation, or a .pt. heads: dim // 64 unless the name or
+        the checkpoint says otherwise. changes are arguments of ViT: another image_size resizes the positions; another
+        num_classes, or none in the file, gives a fresh head; pool="mean" drops the class token. Raises ValueError if
+        the file can't be read or doesn't fit.
         """
         path, made_with = Path(name_or_path), {}
         if name_or_path in OFFICIAL:
@@ -381,7 +384,7 @@ class ViT(nn.Module):
 
 
 def resize_positions(table, grid, first):
-    """Positions (1, first + n², C) for grid × grid patches, bicubically; the first ones stay ([1] §3.2)."""
+    """Positions (1, first + n², C) for grid × grid patches, the first ones stay ([1] §3.2); bicubic as in [2]."""
     old = math.isqrt(table.size(1) - first)
     if old == grid:
         return table
@@ -415,7 +418,7 @@ OFFICIAL = {  # address, in whose name is the start of the file's SHA-256, and h
 
 
 def count_macs(model, size):
-    """Multiply-adds of one image (3, size, size) in convolutions and linear layers. Leaves model in evaluation mode."""
+    """Multiply-adds of one image (3, size, size) in convolutions and matrix products. Leaves it in evaluation mode."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.eval()(torch.zeros(1, 3, size, size, device=next(model.parameters()).device))
     return counter.get_total_flops() // 2  # a multiply-add is two
@@ -566,7 +569,7 @@ def augmented_batch(c, images, labels, teacher, classes, stats, step, slot, slot
                                            for a in (index, dy, dx, mirror, draws, share))
     x = augment(images, index, dy, dx, mirror)  # (B, 3, H, W)
     x = normalise(trivial_augment(x, kind, strength) if c.trivial else x, stats, c.image_size)
-    if c.erase:  # [6] Alg. 1, but at most a third of the image, as in [2]'s code, not 40%
+    if c.erase:  # [6] Alg. 1, but as in [2]'s code at most a third of the image, not 40%, and normal noise
         whether, size, aspect, *centre = draws[:5]
         box = boxes(x.size(2), 0.02 + 0.31 * size, 0.3 * 11 ** aspect, torch.stack(centre))
         noise = torch.from_numpy(rng.standard_normal(x.shape, np.float32)).to(x.device)

@@ -6,38 +6,39 @@
 
 softmax(q kᵀ) v needs a row's largest score and its sum of exponentials; both can be corrected as more of the row
 comes in, so that it can be worked on tile by tile and forgotten [1, 2, 3]. Of the whole matrix one number a row is
-kept, LSE, from which the backward pass computes any tile again. All else is which tiles to leave out: every mask here
-(causal, window, documents, ragged lengths) gives each query one span of keys [lo, hi) that only moves forward.
+kept, LSE = log Σ e^score, from which the backward pass computes any tile again. All else is which tiles to leave out:
+every mask here (causal, window, documents, ragged lengths) gives each query one span of keys [lo, hi) that only moves
+forward.
 
     python flash_attn.py                                # offline: a Transformer learns to find what followed a key
     python flash_attn.py --backend naive --out out/naive        # the same run with all T × T scores
     python flash_attn.py --bench                        # time, memory and FLOP/s over T, beside torch's own kernel
     python flash_attn.py --tiles --window 600           # which tiles a mask skips
-    python flash_attn.py --resume                       # a run goes on
+    python flash_attn.py --resume                       # goes on with the run in --out
 
 and in Python: flash_attention(q, k, v, causal=True), where q is (B, H, T_q, D), k and v (B, H_kv, T_k, D); H_kv may
-divide H (grouped queries). On a card it runs the Triton kernels below, else plain PyTorch.
+divide H (grouped queries). On a CUDA GPU (a card, below) it runs the Triton kernels, else plain PyTorch.
 
 What to expect (torch 2.13.0, two AMD EPYC cores, fp32 unless said, seed 0, n = 1; logs in assets/logs/flash_attn/):
-- python flash_attn.py: test accuracy 1.0000 after 38 s of training (in fp32, as all of these); a sequence keeps
-  17.9 MB for the backward pass, with naive attention 153.8 MB, losses and gradients agree. Both runs in fp32: the same
-  losses to four digits in every log line; 42 s and 451 MB at most, naive 137 s and 1,113 MB: BenchFlashAttn.curves
+- python flash_attn.py: test accuracy 1.0000 after 38 s of training; a sequence keeps 17.9 MB for the backward pass,
+  with naive attention 153.8 MB, losses and gradients agree. --backend torch, then naive: the same losses to four
+  digits in every log line; 42 s and 451 MB at most, naive 137 s and 1,113 MB: BenchFlashAttn.curves
 - T = 4,096, causal, 8 heads, D = 64, against torch's scaled_dot_product_attention: forward 1.18 of its time (138 ms),
   forward and backward 1.00 (427 ms); naive 9.5 and 5.7: python tests.py BenchFlashAttn.speed
 - --bench, 4 minutes: over T = 512 to 16,384 forward takes 1.11 to 1.19 of the time of torch's kernel, forward and
   backward .85 to .99; naive attention at T = 8,192 takes 13 and 7.4 times as long as torch's
 - A window of 256 at T = 16,384, forward: 26 times as fast as torch's with a mask (158 ms): BenchFlashAttn.window
-- T = 16,384: peak above inputs and outputs 45 MiB (one matrix of scores: 8,192): BenchFlashAttn.memory
+- T = 16,384: peak above inputs and outputs 45 MB (one matrix of scores: 8,192): BenchFlashAttn.memory
 - Triton: checked in its interpreter and compiled for sm_90; its time and its bfloat16 on a card: not yet measured
 
 Left out, for short trials on a CPU showed no clear gain: rescaling only when the maximum grew enough, -m as the score
-product's bias, transposed accumulators for dK and dV. Differs from the papers: rows × columns are 256 × 256 on CPUs;
-half precision is computed in fp32 tile by tile; the Triton kernels copy inputs that are not contiguous, and their
+product's bias, transposed accumulators for dK and dV. Differs from the papers: in plain PyTorch tiles are 256 × 256
+and half precision is computed in fp32 tile by tile; the Triton kernels copy inputs that are not contiguous, and their
 backward pass is two kernels that compute P twice, instead of atomic additions to dQ.
 
-The task: keys, each with its value; then all keys again in another order, and the model names the value. Blocks are
-given what makes this quick to learn: an attention key is the previous token's, and shares its projection with the
-queries [7], so that a token starts out looking at what followed its like. Induction heads [6] must find both first.
+The task: keys, each with its value; then all keys again in another order, and the model names the value. To make this
+quick to learn, a token's attention key is the token before it, under the queries' own projection [7]: from the start a
+token looks at what followed tokens like it. A plain Transformer must learn both, as induction heads [6].
 
 Shapes: B batch, T tokens (T_q queries, T_k keys), H heads (H_kv of keys), G = H / H_kv, D head dim, C width.
 
@@ -76,7 +77,7 @@ class Config:
     n_layer: int = 2  # blocks
     n_head: int = 2  # heads
     n_embd: int = 64  # width C
-    backend: str = "auto"  # torch, triton, naive (all T × T scores), or auto: triton on a card, else torch
+    backend: str = "auto"  # torch, triton, naive (all T × T scores), or auto: triton where it can run, else torch
     window: int | None = None  # keys that a query sees, the newest ones; None: all
     # optimiser
     lr: float = 3e-3  # peak learning rate of AdamW
@@ -129,7 +130,7 @@ def spans(T_q, T_k, causal=False, window=None, cu_seqlens=None):
     causal: keys up to its own position p. window w: of these the w newest; if not causal, those with |p - j| < w.
     cu_seqlens (n + 1,): packed documents, the n-th from token cu_seqlens[n] to cu_seqlens[n + 1]; each sees itself.
     """
-    p = torch.arange(T_q) + (T_k - T_q)  # (T_q,)
+    p = torch.arange(T_q) + (T_k - T_q)  # (T_q,): each query's place among the keys
     lo, hi = torch.zeros_like(p), torch.full_like(p, T_k)
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.long().cpu()
@@ -160,7 +161,7 @@ def attention(q, k, v, causal=False, window=None, scale=None, cu_seqlens=None):
 def check(q, k, v, causal, window, cu_seqlens, backend="torch"):
     """The mask's spans, on the CPU; UserError, a ValueError, if the inputs don't fit together."""
     shapes = " ".join(f"{name} {tuple(t.shape)}" for name, t in (("q", q), ("k", k), ("v", v)))
-    if not q.dim() == k.dim() == v.dim() == 4 or k.shape != v.shape or q.shape[::3] != k.shape[::3]:
+    if not q.dim() == k.dim() == v.dim() == 4 or k.shape != v.shape or q.shape[::3] != k.shape[::3]:  # B, D
         raise UserError(f"{shapes}: want (B, H, T_q, D), and (B, H_kv, T_k, D) twice")
     if 0 in (q.shape[1], k.shape[1], q.shape[3]) or q.shape[1] % k.shape[1]:
         raise UserError(f"{q.shape[1]} query heads are no multiple of {k.shape[1]} key heads ({shapes})")
@@ -182,14 +183,15 @@ def check(q, k, v, causal, window, cu_seqlens, backend="torch"):
 # ---- two: softmax of a row that comes in pieces --------------------------------------------------------------------
 
 def safe_softmax(x):
-    """e^(x_j - m) / Σ e^(x_i - m) over the last axis, m = max x: no exponential above 1. It reads x three times."""
+    """e^(x_j - m) / Σ e^(x_i - m) over the last axis, m = max x: no exponential above 1. Three passes over x."""
     e = torch.exp(x - x.amax(dim=-1, keepdim=True))
     return e / e.sum(dim=-1, keepdim=True)
 
 
 def online_softmax(x):
-    """The same with m and the sum l in one pass ([3] Algorithm 3): when a larger number comes, what was summed so far
-    relative to the old maximum is rescaled: m' = max(m, x_j), l' = l e^(m - m') + e^(x_j - m')."""
+    """The same with m and the sum l in one pass ([3] Algorithm 3; x[..., 0] must be finite): when a larger number
+    comes, the sum so far, relative to the old maximum, is rescaled: m' = max(m, x_j), l' = l e^(m - m') + e^(x_j - m').
+    """
     m, l = torch.full_like(x[..., 0], -math.inf), torch.zeros_like(x[..., 0])
     for x_j in x.unbind(dim=-1):
         m_new = torch.maximum(m, x_j)
@@ -211,13 +213,15 @@ def merge(o1, lse1, o2, lse2):
 
 
 def add_tile(o, m, l, s, v):
-    """[1] Algorithm 1, lines 9 and 10: take in scores s (R, C) of a tile's keys and their values v (C, D).
+    """[1] Algorithm 1, lines 9 and 10: take in scores s (rows, columns) of a tile's keys and their values v
+    (columns, D).
 
-    o (R, D) is a sum with weights e^(s - m) that add up to l (R, 1); it is divided once, after the last tile. (Line 10
-    as printed divides by the rescale e^(m - m'), a slip.) A first tile must not have -inf alone: -inf - -inf is NaN.
+    o (rows, D) is a sum with weights e^(s - m) that add up to l (rows, 1); it is divided once, after the last tile.
+    (Line 10 as printed divides by the rescale e^(m - m'), a slip.) A first tile must not have -inf alone: -inf - -inf
+    is NaN.
     """
     m_new = torch.maximum(m, s.amax(dim=-1, keepdim=True))
-    p, old = torch.exp(s - m_new), torch.exp(m - m_new)  # (R, C), (R, 1)
+    p, old = torch.exp(s - m_new), torch.exp(m - m_new)  # (rows, columns), (rows, 1)
     return o * old + p @ v, m_new, l * old + p.sum(dim=-1, keepdim=True)
 
 
@@ -231,7 +235,8 @@ def attention_in_tiles(q, k, v, columns):
 
 # ---- three: tiles, and attention with them in plain PyTorch --------------------------------------------------------
 
-# A tile of scores is HEADS × ROWS × COLUMNS: 2 MiB in fp32, so that all passes over it find it in the cache.
+# A tile of scores is HEADS × ROWS × COLUMNS (a group of queries is never cut): 2 MB in fp32, so that all passes over it
+# find it in the cache.
 HEADS, ROWS, COLUMNS = 8, 256, 256
 NOTHING = -1e30  # a row's maximum before any key; finite, since -inf - -inf is NaN
 
@@ -298,8 +303,8 @@ def tiled_forward(q, k, v, lo, hi, scale):
 
 
 def tiled_backward(q, k, v, o, lse, do, dlse, lo, hi, scale):
-    """Gradients dq, dk, dv ([1] Algorithm 2). P = e^(S - LSE) needs LSE alone, and softmax's gradient
-    dS = P ∘ (dP - D) only D = rowsum(P ∘ dP) = rowsum(dO ∘ O): a tile needs nothing else of its row.
+    """Gradients dq, dk, dv ([1] Algorithm 2). P = e^(S - LSE) is computed again from LSE; softmax's gradient
+    dS = P ∘ (dP - D) needs D = rowsum(P ∘ dP), which is rowsum(dO ∘ O): so a tile needs these two numbers of a row.
 
     -LSE and -D come in as what baddbmm adds to. A gradient dlse of LSE itself adds P · dlse to dS.
     """
@@ -380,7 +385,9 @@ def flash_attention(q, k, v, causal=False, window=None, scale=None, backend="aut
 
 # ---- four: the same as Triton kernels ------------------------------------------------------------------------------
 
-# Kernels below are plain functions until load_triton has compiled them; what they say of tl is then triton.language.
+# A kernel runs once for each cell of a grid, as a "program" told its place by tl.program_id. Capitals (Q, LO) are
+# pointers, tl.constexpr arguments are fixed when it is compiled. Until load_triton has compiled them, these are plain
+# functions and tl is a stand-in. Kernels can't read Python's globals: 0.6931471805599453 is ln 2, 1 / LOG2E.
 tl = types.SimpleNamespace(constexpr="constexpr")
 
 
@@ -547,7 +554,7 @@ def triton_backward(q, k, v, o, lse, do, dlse, lo, hi, scale):
         return [t.to(q.dtype) for t in grads]
     (q, k, v, do), (numbers, sizes) = (t.contiguous() for t in (q, k, v, do)), triton_settings(q, k)
     dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
-    delta = (do.float() * o.float()).sum(dim=-1) - dlse  # (B, H, T_q)
+    delta = (do.float() * o).sum(dim=-1) - dlse  # (B, H, T_q): [1]'s D, less a gradient of LSE, as in tiled_backward
     lse = lse.masked_fill(lse == -math.inf, 0) * LOG2E
     lo, hi, row_lo, row_hi = (t.to(q.device, torch.int32) for t in (lo, hi, *transpose(lo, hi, k.shape[2])))
     inputs = q, k, v, do, lse, delta
@@ -595,7 +602,7 @@ class RetrievalModel(nn.Module):
         x = self.embed(idx)  # (B, T, C)
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x[:, idx.shape[1] // 2::2]))
+        return self.head(self.norm(x[:, idx.shape[1] // 2::2]))  # of the second half every other token: the keys asked
 
 
 def retrieval_batch(seed, B, T, n_values):
@@ -612,9 +619,8 @@ def retrieval_batch(seed, B, T, n_values):
 
 def choose_attention(c):
     """Causal attention (q, k, v) -> (B, H, T, D) as --backend and --window say."""
-    how = dict(causal=True, window=c.window)
-    return functools.partial(attention, **how) if c.backend == "naive" else functools.partial(
-        flash_attention, backend=c.backend, **how)
+    f = attention if c.backend == "naive" else functools.partial(flash_attention, backend=c.backend)
+    return functools.partial(f, causal=True, window=c.window)
 
 
 def step_with(attend, model, x, y, autocast):
@@ -668,7 +674,8 @@ def write_atomic(path, *content):
                 os.fsync(file.fileno())
             os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a disk that can't be written has its own message above
+            temporary.unlink()
 
 
 def load_checkpoint(path):
@@ -679,22 +686,34 @@ def load_checkpoint(path):
     return saved
 
 
+def round_ticks(low, high):
+    """Some round numbers from low or just below to high or just above, 1, 2 or 5 · 10^n apart, two to seven."""
+    least = (high - low if high - low > 1e-9 * abs(high) else abs(high) or 1) / 5  # less is rounding
+    power = 10.0 ** math.floor(math.log10(least))
+    step = next(power * m for m in (1, 2, 5, 10) if power * m >= least)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    return [step * i for i in range(first, max(last, first + 1) + 1)]
+
+
 def curves_svg(path, series, x_label, y_label):
-    """A chart of {name: [(x, y), ...]}; the names stand in the corner in their lines' colours."""
-    (x0, x1), (y0, y1) = [(min(v), max(v)) for v in zip(*(p for line in series.values() for p in line))]
-    svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="-70 -30 640 400" font-family="sans-serif" font-size="12">'
-           '<rect x="-70" y="-30" width="640" height="400" fill="white"/>'
-           f'<text x="275" y="362" text-anchor="middle">{x_label}</text><text x="-62" y="-12">{y_label}</text>']
-    for i in range(6):
-        svg.append(f'<path d="M0 {320 - 64 * i}h550" stroke="#ddd"/>'
-                   f'<text x="-8" y="{320 - 64 * i}" text-anchor="end">{y0 + (y1 - y0) * i / 5:.3g}</text>'
-                   f'<text x="{110 * i}" y="340" text-anchor="middle">{x0 + (x1 - x0) * i / 5:.4g}</text>')
+    """A chart of {name: [(x, y), ...]}; the names stand beside it in their lines' colours."""
+    xs, ys = (round_ticks(min(v), max(v)) for v in zip(*(p for line in series.values() for p in line)))
+
+    def at(x, y):
+        return 550 * (x - xs[0]) / (xs[-1] - xs[0]), 320 * (ys[-1] - y) / (ys[-1] - ys[0])
+
+    svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="-70 -30 790 400" font-family="sans-serif" font-size="12">'
+           '<rect x="-70" y="-30" width="790" height="400" fill="white"/>'
+           f'<text x="275" y="362" text-anchor="middle">{x_label}</text><text x="-62" y="-14">{y_label}</text>']
+    for y in ys:
+        svg.append(f'<path d="M0 {at(0, y)[1]:.1f}h550" stroke="#ddd"/>'
+                   f'<text x="-8" y="{at(0, y)[1] + 4:.1f}" text-anchor="end">{y:.6g}</text>')
+    svg += [f'<text x="{at(x, 0)[0]:.1f}" y="340" text-anchor="middle">{x:.6g}</text>' for x in xs]
     for i, (name, line) in enumerate(series.items()):
         colour = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")[i % 6]
-        points = " ".join(f"{550 * (x - x0) / (x1 - x0 or 1):.1f},{320 * (y1 - y) / (y1 - y0 or 1):.1f}"
-                          for x, y in line)
+        points = " ".join("{:.1f},{:.1f}".format(*at(x, y)) for x, y in line)
         svg.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
-                   f'<text x="540" y="{20 + 16 * i}" text-anchor="end" fill="{colour}">{name}</text>')
+                   f'<text x="560" y="{20 + 16 * i}" fill="{colour}">{name}</text>')
     write_atomic(path, "\n".join([*svg, "</svg>"]).encode())
 
 
@@ -726,7 +745,7 @@ class RunFolder:
                 file.write(json.dumps(self.rows[-1]) + "\n")
 
     def draw(self, y_label, **keys):
-        """curves.svg, a line for each of names=key that rows have."""
+        """curves.svg: for each name=key of which rows have the key, a line called name."""
         lines = {name: [(row["step"], row[key]) for row in self.rows if key in row] for name, key in keys.items()}
         if self.writes and any(lines.values()):
             curves_svg(self.out / "curves.svg", {k: v for k, v in lines.items() if v}, "step", y_label)
@@ -749,6 +768,8 @@ def pick_device(name, dtype, units="amx_bf16"):
     with one_line(f"--device {name} is not here"):
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
         torch.zeros(1, device=device).item()
+    if device.type == "mps" and int(os.environ.get("WORLD_SIZE", 1)) > 1:  # gloo can't move its tensors
+        raise UserError("several processes can't share work on mps: add --device cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where fp32 is left
@@ -769,6 +790,7 @@ def peak_mb(device):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     return math.nan
 
+
 # ---- evaluate, train -----------------------------------------------------------------------------------------------
 
 @torch.no_grad()
@@ -780,14 +802,17 @@ def evaluate(model, c, split, autocast, device, batches=4):
         with autocast:
             logits = model(x).float()  # (B, T / 4, n_values)
         loss += F.cross_entropy(logits.flatten(0, 1), y.flatten()).item() / batches
-        right += (logits.argmax(dim=2) == y).double().mean().item() / batches
+        right += (logits.argmax(dim=2) == y).sum().item() / y.numel() / batches
     return loss, right
 
 
 def train(c, interrupts=()):
     """Train as the Config c says, into the folder c.out, until interrupts has something in it; returns the status."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("flash_attn.py trains in one process: start it with python, not torchrun")
     device, dtype, autocast = pick_device(c.device, c.dtype)
-    if c.backend == "triton" and (lack := triton_lacks(torch.empty(1, 1, 1, c.n_embd // c.n_head, device=device))):
+    lack = triton_lacks(torch.empty(1, 1, 1, c.n_embd // c.n_head, device=device, dtype=dtype))
+    if c.backend == "triton" and lack:
         raise UserError(f"--backend triton: {lack}")
     torch.manual_seed(c.seed)
     settings = dict(n_keys=c.block_size // 2) | {
@@ -804,6 +829,8 @@ def train(c, interrupts=()):
     print(" ".join(f"{name}={value!r}" for name, value in dataclasses.asdict(c).items()))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters | {c.steps} steps of {c.batch_size} sequences "
           f"of {c.block_size} tokens | {device} {dtype}")
+    if c.backend == "auto" and device.type == "cuda" and lack:
+        print(f"attention in plain PyTorch: {lack}")
 
     def save(name):
         run.save(name, model, model_config=settings, optimizer=optimizer.state_dict())
@@ -817,7 +844,8 @@ def train(c, interrupts=()):
             run.seconds, clock = run.seconds + time.perf_counter() - clock, time.perf_counter()
             for i, loss in enumerate(losses):
                 run.check("loss", loss, run.step - len(losses) + i)
-            loss, ms, lr = sum(losses) / len(losses), 1e3 * (run.seconds - logged) / len(losses), group["lr"]
+            loss, ms = sum(losses) / len(losses), 1e3 * (run.seconds - logged) / len(losses)
+            lr = optimizer.param_groups[0]["lr"]
             rate, logged, pending = 1e3 * c.batch_size * c.block_size / ms, run.seconds, []
             run.log(f"step {run.step}/{c.steps} | loss {loss:.4f} | lr {lr:.1e} | {ms:.1f} ms | {rate:.0f} tokens/s",
                     loss=loss, lr=lr, ms=ms, seconds=run.seconds, tokens_per_s=rate)
@@ -898,6 +926,8 @@ def free_bytes(device):
         return torch.cuda.mem_get_info(device)[0]
     with contextlib.suppress(OSError):
         return 1024 * int(re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[1])
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # macOS tells only how much there is
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return math.inf
 
 
@@ -927,7 +957,7 @@ def bench_case(c, kind, T):
     def forward(q, k, v):
         if kind == "naive":
             return attention(q, k, v, c.causal, c.window)
-        if kind == "sdpa":  # a window needs a mask, which it has to be given as a matrix
+        if kind == "sdpa":  # a window needs a mask, as a matrix; its making is timed too
             lo, hi = (t.to(device)[:, None] for t in spans(len(q[0, 0]), len(q[0, 0]), c.causal, c.window))
             j = torch.arange(len(q[0, 0]), device=device)
             mask = (lo <= j) & (j < hi) if c.window else None
@@ -940,8 +970,7 @@ def bench_case(c, kind, T):
             o = forward(q, k, v)
         if backward:
             torch.autograd.grad(o, (q, k, v), do)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        getattr(torch, device.type).synchronize()  # on a CPU nothing
         return time.perf_counter() - begin
 
     seconds(*inputs(16), True)  # libraries wake up
@@ -957,18 +986,24 @@ def bench_case(c, kind, T):
 def bench(c):
     """A table, bench.json and bench.svg of all backends over --lengths, each case in a process of its own."""
     device, dtype, _ = pick_device(c.device, c.dtype)
-    kinds = ["naive", "sdpa", "torch"] + ["triton"] * (device.type == "cuda")
-    a = torch.randn(2048, 2048, device=device, dtype=dtype)
+    lack = triton_lacks(torch.empty(1, 1, 1, c.head_dim, device=device, dtype=dtype))
+    kinds = ["naive", "sdpa", "torch"] + ["triton"] * (device.type == "cuda" and not lack)
+    with one_line(f"can't make the folder {c.out}", status=1):
+        Path(c.out).mkdir(parents=True, exist_ok=True)
+    side = 8192 if device.type == "cuda" else 2048  # large enough to keep a card busy
+    a = torch.randn(side, side, device=device, dtype=dtype)
     times = []
     for _ in range(8):
         begin = time.perf_counter()
         (a @ a)[0, 0].item()
         times.append(time.perf_counter() - begin)
-    most, rows = 2 * 2048**3 / min(times), []
+    most, rows = 2 * side**3 / min(times), []
     print(f"{device} {dtype}, {torch.get_num_threads()} threads | {c.heads} heads, D {c.head_dim}, causal {c.causal} "
-          f"window {c.window}\na matrix product of 2,048: {most / 1e9:.0f} GFLOP/s; shares of it, forward and both, "
-          f"are last but one\n{'T':>6} {'backend':>8} {'forward':>12} {'and backward':>14} {'peak':>10} "
-          f"{'of FLOP/s':>16} {'moved':>10}")
+          f"window {c.window}\ntorch and triton are this file's, sdpa is torch's own kernel\n"
+          f"a matrix product of {side:,}: {most / 1e9:.0f} GFLOP/s; shares of it, forward and both, are last but one\n"
+          f"{'T':>6} {'backend':>8} {'forward':>12} {'and backward':>14} {'peak':>10} {'of FLOP/s':>16} {'moved':>10}")
+    if device.type == "cuda" and lack:
+        print(f"triton is left out: {lack}")
     for T, kind in ((int(T), kind) for T in c.lengths.split(",") for kind in kinds):
         lo, hi = spans(T, T, c.causal, c.window)
         matrix, free = T * T * c.heads * a.element_size(), free_bytes(device)
@@ -986,12 +1021,11 @@ def bench(c):
         rows.append(dict(T=T, backend=kind, forward_ms=forward, both_ms=both, peak_mb=peak, io_mb=moved))
         print(f"{T:6} {kind:>8} {forward:9.2f} ms {both:11.2f} ms {peak:7.0f} MB {1e3 * work / forward / most:8.0%} "
               f"{3.5e3 * work / both / most:7.0%} " + ("" if moved is None else f"{moved:7.0f} MB"), flush=True)
-    with one_line(f"can't make the folder {c.out}", status=1):
-        Path(c.out).mkdir(parents=True, exist_ok=True)
-    write_atomic(Path(c.out) / "bench.json", json.dumps(rows, indent=1).encode())
+        write_atomic(Path(c.out) / "bench.json", json.dumps(rows, indent=1).encode())
     panels = dict(both_ms="ms, forward and backward", peak_mb="peak MB above inputs and outputs")
+    names = dict(naive="naive", sdpa="torch's kernel", torch="flash_attn.py", triton="flash_attn.py, Triton")
     loglog_svg(Path(c.out) / "bench.svg", {label: {
-        kind: [(row["T"], row[key]) for row in rows if row["backend"] == kind] for kind in kinds}
+        names[kind]: [(row["T"], row[key]) for row in rows if row["backend"] == kind] for kind in kinds}
         for key, label in panels.items()})
     print(f"wrote {c.out}/bench.json and {c.out}/bench.svg")
     return 0
@@ -1077,6 +1111,9 @@ def main(argv=None):
         print(f"flash_attn.py: {error}", file=sys.stderr)
         return error.status
     except (MemoryError, RuntimeError) as error:  # torch has a RuntimeError for it, on a CPU a plain one
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            print(f"flash_attn.py: --compile failed, leave it out: {' '.join(str(error).split())[:200]}", file=sys.stderr)
+            return 1
         if isinstance(error, RuntimeError) and not re.search("(out of|allocate|enough) memory", str(error)):
             raise
         print(f"flash_attn.py: out of memory ({' '.join(str(error).split())[:200]}): lower --batch_size or "

@@ -10,7 +10,8 @@ model its own words; fine-tuning goes on with the same loss on other text, instr
 
     python gpt2.py                                      # offline, learns to write Python from the standard library
     python gpt2.py --data shakespeare                   # downloads 1.1 MB
-    python gpt2.py --sample_only --prompt "def add("    # from the run's best checkpoint; --resume goes on from its last
+    python gpt2.py --sample_only --prompt "def add("    # from the run's best checkpoint
+    python gpt2.py --resume                             # train on from the run's last checkpoint
     python gpt2.py --init gpt2 --sample_only --prompt "The meaning of life is"      # OpenAI's weights, 548 MB
     python gpt2.py --init gpt2 --eval_only --data my.txt
     python gpt2.py --init gpt2 --data my.jsonl --optimizer adamw --lr 3e-5 --block_size 512      # instructions
@@ -33,7 +34,7 @@ What to expect (torch 2.13.0, two cores of an AMD EPYC, fp32, no compile, seed 1
   1024 --steps 100, with and without --compile and --grad_checkpoint.
 
 Differs from the papers: rotary positions and Muon, the defaults, are younger; --pos learned --optimizer adamw is the
-original. Init is [1] §4.1's with [2] §2.3's scaling; OpenAI's code has .01 for wpe. At most --eval_tokens validation
+original. Init is [1] §4.1's with [2] §2.3's scaling; OpenAI's code has .01 for wpe. About --eval_tokens validation
 tokens are read at an evaluation, in windows side by side, so that a token has half a block of context on average.
 
 Shapes: B batch, T tokens (the block), C width, H heads (H_kv of keys), D = C / H, V vocabulary.
@@ -90,7 +91,7 @@ class Config:
     init: str | None = None  # start from gpt2, gpt2-medium, gpt2-large, gpt2-xl, a .pt or .safetensors file, a folder
     # optimiser
     optimizer: str = "muon"  # adamw, adam (with L2 instead of decay), lion, sophia or muon
-    lr: float | None = None  # peak; None: LEARNING_RATES, for small models from scratch; --init gpt2 wants about 3e-5
+    lr: float | None = None  # peak; None: LEARNING_RATES, for small models from scratch; --init gpt2: adamw, 3e-5
     adam_lr: float = 6e-3  # peak rate of what muon leaves to AdamW: embeddings, biases, layer norms
     warmup: int = 100  # steps of linear warm-up
     weight_decay: float = 0.1  # on matrices only
@@ -100,16 +101,16 @@ class Config:
     grad_accum: int = 1  # micro-batches per step and process
     # run
     steps: int = 1800  # updates of the parameters
-    stop_at: int | None = None  # end at this step, the schedule unchanged
+    stop_at: int | None = None  # end at this step, the schedule unchanged; its evaluation counts for --patience
     eval_every: int = 300  # steps between evaluations; each is followed by a checkpoint and a sample
-    eval_tokens: int = 131072  # at most so many validation tokens an evaluation, windows evenly spread; 0: all
+    eval_tokens: int = 131072  # about so many validation tokens an evaluation, whole windows evenly spread; 0: all
     patience: int = 0  # stop after so many evaluations without a better one; 0: never
     log_every: int = 10  # steps between log lines
     seed: int = 1337  # of initial weights, batches, dropout and samples
     out: str = "out/gpt2"  # the run's folder
     resume: bool = False  # go on from out/ckpt.pt, with that run's flags where none are given
     device: str = "auto"  # auto (cuda, then mps, then cpu), or a torch device
-    dtype: str = "auto"  # float32, bfloat16 or float16; auto: bfloat16 on a card that has it
+    dtype: str = "auto"  # float32, bfloat16 or float16; auto: bfloat16 where the hardware is fast in it
     compile: bool = False  # torch.compile: a wait at first (it needs a C++ compiler on a CPU), then faster steps
     grad_checkpoint: bool = False  # compute each block again in the backward pass: less memory, a third more work
     wandb: bool = False  # log to Weights & Biases too
@@ -134,10 +135,15 @@ class Config:
             if value == "" or name in known and value not in known[name]:
                 raise UserError(f"--{name} {value!r}: want {' or '.join(known.get(name, ['some text']))}")
             if type(value) in (int, float) and not (0 < value <= most or value == 0 and name in may_be_0):
-                up_to = f" to {most}" if most < sys.maxsize else ""
+                up_to = ", below 1" if most == 1 - 1e-9 else f", at most {most}" if most < sys.maxsize else ""
                 raise UserError(f"--{name} {value}: want a number {'from' if name in may_be_0 else 'above'} 0{up_to}")
-        if self.optimizer == "sophia" and self.dtype == "float16":
+        trains = not (self.sample_only or self.eval_only)
+        if self.optimizer == "sophia" and self.dtype == "float16" and trains:
             raise UserError("--optimizer sophia squares small gradients, too small for --dtype float16")
+        if any("\ud800" <= letter <= "\udfff" for letter in self.prompt):  # bytes of the command line that are no text
+            raise UserError(f"--prompt {self.prompt!r}: want UTF-8")
+        if self.resume and not trains:
+            raise UserError("--resume trains on; --sample_only and --eval_only read --init, else best.pt: give one")
         if self.resume and self.init:
             raise UserError("--resume goes on from --out and --init starts anew: give one of them")
 
@@ -161,7 +167,7 @@ class GPTConfig:
     def __post_init__(self):
         self.n_kv_head = self.n_head if self.n_kv_head is None else self.n_kv_head
         if min(self.n_head, self.n_kv_head) < 1 or self.n_embd % self.n_head or self.n_head % self.n_kv_head:
-            raise UserError(f"n_embd {self.n_embd} must be divisible by n_head {self.n_head}, and that by n_kv_head "
+            raise UserError(f"n_embd {self.n_embd} must be divisible by n_head {self.n_head}, n_head by n_kv_head "
                             f"{self.n_kv_head}")
         if self.pos not in ("learned", "rope") or (self.pos == "rope" and self.n_embd // self.n_head % 2):
             raise UserError(f"pos {self.pos}, head size {self.n_embd // self.n_head}: want learned, or rope and even")
@@ -170,10 +176,10 @@ class GPTConfig:
 # ---- model, in Hugging Face's names --------------------------------------------------------------------------------
 
 def rotate(x, start=0, base=10000.0):
-    """Rotary positions [3]: turn each pair (x_i, x_{i+D/2}) of x (B, H, T, D) by an angle proportional to its position.
+    """Rotary positions [3]: turn each pair (x_i, x_{i+D/2}) of x (B, H, T, D) by an angle proportional to the position.
 
-    q·k then depends on the distance of the two positions alone. [3] eq. 34 pairs neighbours, x_{2i} with x_{2i+1};
-    halves, as in GPT-NeoX and Llama, are the same up to a permutation of the weights.
+    Positions enter q·k through their distance alone. [3] eq. 34 pairs neighbours, x_{2i} with x_{2i+1}; halves, as in
+    GPT-NeoX and Hugging Face's Llama (Meta's own pairs neighbours), are the same up to a permutation of the weights.
     """
     T, D = x.shape[-2:]
     # always fp32: bf16 keeps 8 bits and could not tell position 256 from 257
@@ -203,7 +209,7 @@ class CausalSelfAttention(nn.Module):
             cache[:, :, :, start:start + T] = torch.stack((k, v))
             k, v = cache[:, :, :, :start + T]  # (B, H_kv, start + T, D) each
         if self.n_kv_head < self.n_head:  # one key head serves a group of query heads [4]
-            k, v = (t.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for t in (k, v))  # (B, H, T, D)
+            k, v = (t.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for t in (k, v))  # (B, H, start + T, D)
         # Torch aligns is_causal top-left: query 0 would see key 0 alone. A single query behind cached keys sees them
         # all, so it must not ask for it; several (start > 0 and T > 1) would come out wrong. The fused kernel never
         # writes the (T, T) matrix to memory.
@@ -289,8 +295,8 @@ class GPT(nn.Module):
         """Yield the next token (B, 1) of each sequence, again and again; arguments and errors as generate's."""
         k, p = 1 if top_k is None else top_k, 1 if top_p is None else top_p
         if not idx.size(1) or max_new_tokens < 0 or not temperature >= 0 or k < 1 or not 0 < p <= 1:  # nan fails too
-            raise UserError(f"need a prompt, temperature >= 0, top_k >= 1, 0 < top_p <= 1, not {idx.size(1)} tokens, "
-                            f"{temperature}, {top_k}, {top_p}")
+            raise UserError(f"need a prompt, max_new_tokens and temperature >= 0, top_k >= 1, 0 < top_p <= 1, not "
+                            f"{idx.size(1)} tokens, {max_new_tokens}, {temperature}, {top_k}, {top_p}")
         c, B, training, weight = self.config, idx.size(0), self.training, self.transformer.wte.weight
         size = min(c.block_size, idx.size(1) + max_new_tokens)
         cache = weight.new_zeros(c.n_layer, 2, B, c.n_kv_head, size, c.n_embd // c.n_head)  # every layer's keys, values
@@ -346,7 +352,7 @@ class GPT(nn.Module):
 
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors, which Hugging Face's GPT2LMHeadModel opens. Raises ValueError on
-        what that does not know: rotary positions, grouped queries, no biases."""
+        what it does not know: rotary positions, grouped queries, no biases."""
         c, folder, header, offset = self.config, Path(folder), {"__metadata__": {"format": "pt"}}, 0
         if c.pos != "learned" or c.n_kv_head != c.n_head or not c.bias:
             raise UserError("Hugging Face's GPT-2 has learned positions, a key head per query head, and biases")
@@ -390,7 +396,7 @@ def with_gradients(optimizer):
 
 
 class Lion(torch.optim.Optimizer):
-    """Lion [7]: every coordinate moves by η, in the direction of a momentum's sign. One buffer where Adam has two."""
+    """Lion [7]: every coordinate moves by η, against the sign of a momentum. One buffer where Adam has two."""
 
     def __init__(self, params, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0):
         super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay))
@@ -408,7 +414,8 @@ class SophiaG(torch.optim.Optimizer):
     """Sophia-G [8]: momentum over an estimate h of the Hessian's diagonal, the quotient clipped to ±1.
 
     update_hessian comes before the first step and then at every tenth or so. It wants the gradient ĝ of the mean loss
-    over B tokens whose labels were drawn from the model's own prediction (Gauss-Newton-Bartlett): h ≈ E[B ĝ²].
+    over B tokens (here B is not the batch) whose labels were drawn from the model's own prediction
+    (Gauss-Newton-Bartlett): h ≈ E[B ĝ²].
     rho is [8]'s γ, in the name and with the value that the authors' code has, as are the betas.
     """
 
@@ -431,7 +438,7 @@ class SophiaG(torch.optim.Optimizer):
 
 
 def newton_schulz(g, steps=5):
-    """U Vᵀ of g = U S Vᵀ (..., n, m), roughly: singular values above .002 of g's norm end between .68 and 1.21 [9].
+    """U Vᵀ of g = U S Vᵀ (..., n, m), roughly: singular values above .002 of g's Frobenius norm end in .68 to 1.21 [9].
 
     The polynomial a σ + b σ³ + c σ⁵ works on every singular value σ through matrix products alone.
     """
@@ -547,8 +554,8 @@ def make_tokenizer(name):
 
 class Tokens:
     """Arrays of token ids, perhaps on disk, read in windows of T + 1 that never cross from one array into the next: x
-    (B, T) and y (B, T), the tokens after x. The prompts of .jsonl rows are stored as ~id, which is negative: such a
-    token is read, but y has -100 in its place."""
+    (B, T) and y (B, T), the tokens after x. The prompts of .jsonl rows are stored as ~id = -1 - id, which is negative:
+    such a token is read, but y has -100 in its place."""
 
     def __init__(self, arrays, T, vocab_size):
         self.arrays, self.T, self.vocab_size, self.size = arrays, T, vocab_size, sum(map(len, arrays))
@@ -611,18 +618,18 @@ def load_data(data, data_dir, tokenizer, T, fraction=0.9):
     """--data as two Tokens: the first fraction to train on, the rest to validate. Raises ValueError on what is missing,
     not text, or shorter than a block."""
     path, parts = Path(data), ([], [])
-    if data == "python":
-        root, skip = Path(sysconfig.get_paths()["stdlib"]), {"test", "tests", "site-packages", "dist-packages"}
-        files = sorted(f for f in root.rglob("*.py") if not skip & set(f.relative_to(root).parts))
-    elif data == "shakespeare":
-        files = [download(SHAKESPEARE, Path(data_dir) / "tinyshakespeare.txt", SHAKESPEARE_CHECKSUM)]
-    else:
-        files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file() and not any(
-            part.startswith(".") for part in f.relative_to(path).parts))
-    if not files:
-        raise UserError(f"--data {data}: no such file, nor a folder with files, nor python or shakespeare")
-    kinds = {f.suffix for f in files}
     with one_line(f"--data {data} can't be read"):
+        if data == "python":
+            root, skip = Path(sysconfig.get_paths()["stdlib"]), {"test", "tests", "site-packages", "dist-packages"}
+            files = sorted(f for f in root.rglob("*.py") if not skip & set(f.relative_to(root).parts))
+        elif data == "shakespeare":
+            files = [download(SHAKESPEARE, Path(data_dir) / "tinyshakespeare.txt", SHAKESPEARE_CHECKSUM)]
+        else:
+            files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file() and not any(
+                part.startswith(".") for part in f.relative_to(path).parts))
+        if not files:
+            raise UserError(f"--data {data}: no such file, nor a folder with files, nor python or shakespeare")
+        kinds = {f.suffix for f in files}
         if ".jsonl" in kinds:
             rows = [row for f in files for row in load_rows(f, tokenizer, T)]
             parts = rows[:int(len(rows) * fraction)], rows[int(len(rows) * fraction):]
@@ -630,8 +637,10 @@ def load_data(data, data_dir, tokenizer, T, fraction=0.9):
             if ".bin" in kinds:  # uint16 ids that stay on disk
                 arrays = [np.memmap(f, np.uint16, mode="r") for f in files if f.suffix == ".bin"]
             else:  # texts, with a stop token between two
-                stop = np.array([tokenizer.stop], np.uint16)
-                texts = [a for f in files for a in (stop, tokenizer.encode(f.read_text(encoding="utf-8")))]
+                stop, texts = np.array([tokenizer.stop], np.uint16), []
+                for f in files:
+                    with one_line(f"{f} can't be read as text"):
+                        texts += [stop, tokenizer.encode(f.read_text(encoding="utf-8"))]
                 arrays = [np.concatenate(texts)[1:]]
             left = int(sum(map(len, arrays)) * fraction)
             for a in arrays:
@@ -686,7 +695,7 @@ def download(url, path, checksum=None):
                 part.unlink()
             if have != total:
                 raise OSError(f"it ended after {have} of {total} bytes")
-        if not hashlib.new(kind, part.read_bytes()).hexdigest().startswith(digits):
+        if digits and not hashlib.new(kind, part.read_bytes()).hexdigest().startswith(digits):
             part.unlink()
             raise UserError(f"{url} is not the published file, its {kind} differs: deleted, try again")
         os.replace(part, path)
@@ -704,7 +713,8 @@ def write_atomic(path, *content):
                 os.fsync(file.fileno())
             os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a disk that can't be written has its own message above
+            temporary.unlink()
 
 
 def load_checkpoint(path):
@@ -715,22 +725,34 @@ def load_checkpoint(path):
     return saved
 
 
+def round_ticks(low, high):
+    """Some round numbers from low or just below to high or just above, 1, 2 or 5 · 10^n apart, two to seven."""
+    least = (high - low if high - low > 1e-9 * abs(high) else abs(high) or 1) / 5  # less is rounding
+    power = 10.0 ** math.floor(math.log10(least))
+    step = next(power * m for m in (1, 2, 5, 10) if power * m >= least)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    return [step * i for i in range(first, max(last, first + 1) + 1)]
+
+
 def curves_svg(path, series, x_label, y_label):
-    """A chart of {name: [(x, y), ...]}; the names stand in the corner in their lines' colours."""
-    (x0, x1), (y0, y1) = [(min(v), max(v)) for v in zip(*(p for line in series.values() for p in line))]
-    svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="-70 -30 640 400" font-family="sans-serif" font-size="12">'
-           '<rect x="-70" y="-30" width="640" height="400" fill="white"/>'
-           f'<text x="275" y="362" text-anchor="middle">{x_label}</text><text x="-62" y="-12">{y_label}</text>']
-    for i in range(6):
-        svg.append(f'<path d="M0 {320 - 64 * i}h550" stroke="#ddd"/>'
-                   f'<text x="-8" y="{320 - 64 * i}" text-anchor="end">{y0 + (y1 - y0) * i / 5:.3g}</text>'
-                   f'<text x="{110 * i}" y="340" text-anchor="middle">{x0 + (x1 - x0) * i / 5:.4g}</text>')
+    """A chart of {name: [(x, y), ...]}; the names stand beside it in their lines' colours."""
+    xs, ys = (round_ticks(min(v), max(v)) for v in zip(*(p for line in series.values() for p in line)))
+
+    def at(x, y):
+        return 550 * (x - xs[0]) / (xs[-1] - xs[0]), 320 * (ys[-1] - y) / (ys[-1] - ys[0])
+
+    svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="-70 -30 790 400" font-family="sans-serif" font-size="12">'
+           '<rect x="-70" y="-30" width="790" height="400" fill="white"/>'
+           f'<text x="275" y="362" text-anchor="middle">{x_label}</text><text x="-62" y="-14">{y_label}</text>']
+    for y in ys:
+        svg.append(f'<path d="M0 {at(0, y)[1]:.1f}h550" stroke="#ddd"/>'
+                   f'<text x="-8" y="{at(0, y)[1] + 4:.1f}" text-anchor="end">{y:.6g}</text>')
+    svg += [f'<text x="{at(x, 0)[0]:.1f}" y="340" text-anchor="middle">{x:.6g}</text>' for x in xs]
     for i, (name, line) in enumerate(series.items()):
         colour = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")[i % 6]
-        points = " ".join(f"{550 * (x - x0) / (x1 - x0 or 1):.1f},{320 * (y1 - y) / (y1 - y0 or 1):.1f}"
-                          for x, y in line)
+        points = " ".join("{:.1f},{:.1f}".format(*at(x, y)) for x, y in line)
         svg.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
-                   f'<text x="540" y="{20 + 16 * i}" text-anchor="end" fill="{colour}">{name}</text>')
+                   f'<text x="560" y="{20 + 16 * i}" fill="{colour}">{name}</text>')
     write_atomic(path, "\n".join([*svg, "</svg>"]).encode())
 
 
@@ -754,7 +776,8 @@ def evaluate(model, data, tokenizer, autocast, batch_size, limit=None):
         nats, tokens, size = nats + loss * len(wanted), tokens + len(wanted), size + lengths[wanted].sum().item()
     model.train()
     loss = nats / tokens
-    return dict(val_loss=loss, perplexity=math.exp(min(700, loss)), bits_per_byte=nats / size / math.log(2))
+    bits = nats / size / math.log(2) if size else math.nan  # answers may all be empty
+    return dict(val_loss=loss, perplexity=math.exp(min(700, loss)), bits_per_byte=bits)
 
 
 def show(scores):
@@ -772,7 +795,8 @@ def sample(model, tokenizer, c):
     for token in model.stream(idx, c.sample_tokens, c.temperature, c.top_k, c.top_p, tokenizer.stop,
                               torch.Generator(device).manual_seed(c.seed)):
         if token.item() != tokenizer.stop:
-            print(utf8.decode(tokenizer.decode(token.item())), end="", flush=True)
+            text = utf8.decode(tokenizer.decode(token.item()))
+            print(re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text), end="", flush=True)  # no commands
     print(utf8.decode(b"", final=True))
 
 
@@ -786,6 +810,8 @@ def pick_device(name, dtype, units="amx_bf16"):
     with one_line(f"--device {name} is not here"):
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
         torch.zeros(1, device=device).item()
+    if device.type == "mps" and int(os.environ.get("WORLD_SIZE", 1)) > 1:  # gloo can't move its tensors
+        raise UserError("several processes can't share work on mps: add --device cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where fp32 is left
@@ -876,8 +902,9 @@ class Run:
 def training_step(model, optimizers, scaler, autocast, data, c, step, device, rank, world):
     """One update of the parameters; returns the mean loss, which the device may still be working on.
 
-    Batches and dropout depend on (seed, step) alone: a resumed run goes on as if it had never stopped. N ranks read
-    the batches that one rank reads with N times the accumulation; dropout and Sophia's estimate draw others.
+    Batches and dropout depend on (seed, step) alone: a resumed run goes on as if it had never stopped, on a CPU bit for
+    bit. N ranks read the batches that one rank reads with N times the accumulation; dropout and Sophia's estimate draw
+    others.
     """
     torch.manual_seed(int(np.random.SeedSequence((c.seed, step, rank)).generate_state(1)[0]))  # dropout, Sophia
     for optimizer in optimizers:
@@ -920,12 +947,13 @@ def train(c, interrupts=()):
     device, dtype, autocast = pick_device(c.device, c.dtype)
     if world > 1:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if rank > 0:  # the first rank may have to download
+    local = int(os.environ.get("LOCAL_RANK", rank))
+    if local > 0:  # a machine's first rank may have to download
         torch.distributed.barrier()
     torch.manual_seed(c.seed)  # the same initial weights on every rank
     raw, tokenizer = load_model(c)
     data, val = load_data(c.data, c.data_dir, tokenizer, c.block_size)
-    if rank == 0 and world > 1:
+    if local == 0 and world > 1:
         torch.distributed.barrier()
     c.instruct = c.instruct or data.arrays[0].dtype != np.uint16  # signed: rows of .jsonl
     raw.to(device)
@@ -938,7 +966,8 @@ def train(c, interrupts=()):
     size, batch = sum(p.numel() for p in raw.parameters()), c.batch_size * c.grad_accum * world * c.block_size
     flops = 6 * size + 12 * c.n_layer * c.n_embd * c.block_size  # per token, as in PaLM, arXiv 2204.02311, App. B
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    peak = max((value for name, value in PEAK_FLOPS.items() if name in card), default=None)
+    slower = re.search("Laptop|NVL|4090 D", card)  # cards of the same name
+    peak = max((value for name, value in PEAK_FLOPS.items() if name in card and not slower), default=None)
     if rank == 0:
         print(" ".join(f"{name}={value!r}" for name, value in dataclasses.asdict(c).items()))
         print(f"{size:,} parameters | {data.size:,} tokens to train on, {val.size:,} to validate | {device} {dtype}")
@@ -1065,13 +1094,22 @@ def main(argv=None):
     except UserError as error:
         print(f"gpt2.py: {error}", file=sys.stderr)
         return error.status
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        print(f"gpt2.py: out of memory ({error}): lower --batch_size or --block_size", file=sys.stderr)
+    except (MemoryError, RuntimeError) as error:  # torch has a RuntimeError for it, on a CPU a plain one
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            print(f"gpt2.py: --compile failed, leave it out: {' '.join(str(error).split())[:200]}", file=sys.stderr)
+            return 1
+        if isinstance(error, RuntimeError) and not re.search("(out of|allocate|enough) memory", str(error)):
+            raise
+        print(f"gpt2.py: out of memory ({' '.join(str(error).split())[:200]}): lower --batch_size or --block_size",
+              file=sys.stderr)
         return 1
     except SystemExit as error:  # --help
         return error.code or 0
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # | head has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
 
 
 if __name__ == "__main__":

@@ -15,12 +15,12 @@ gets no gradient: else the two would agree soonest on one vector for everything,
         --batch_size 256 --lr 1e-3 --warmup 500 --ema_start 0.996 --epochs 50   # downloads 170 MB
     python ijepa.py --resume --epochs 40                # a finished run goes on, to a later end
     python ijepa.py --show_masks                        # masks.png: contexts and targets
-    python ijepa.py --compare out/ijepa/ckpt.pt,out/mae/ckpt.pt --out out/compared      # simclr.py's ViT, vit.py's
+    python ijepa.py --compare out/ijepa/ckpt.pt,out/mae/ckpt.pt --out out/compared  # also simclr.py's and vit.py's ViT
     python vit.py --init out/ijepa/ckpt.pt --lr 1e-3 --layer_decay 0.75         # fine-tune the encoder, with labels
     torchrun --nproc_per_node=8 ijepa.py --data cifar10 --dim 192 --depth 12 --predictor_dim 96 \\
         --predictor_depth 4 --targets 4 --ema_start 0.996 --warmup 500 --epochs 300
 
-and in Python: encoder = Encoder.from_pretrained("IN1K-vit.h.14-300e"), which downloads [1]'s ViT-H, then
+and in Python: encoder = Encoder.from_pretrained("IN1K-vit.h.14-300e"), which downloads [1]'s ViT-H (10 GB), then
 encoder(images) -> (B, N, C), images being normalise(uint8, encoder.stats, 224).
 
 What to expect (torch 2.13.0, two cores of an AMD EPYC, seed 0, n = 1; logs in assets/logs/ijepa/):
@@ -29,8 +29,8 @@ What to expect (torch 2.13.0, two cores of an AMD EPYC, seed 0, n = 1; logs in a
 - Masks on 8 × 8 patches, 10,000 images of four targets, which may overlap: each patch is context 1,596 to 7,364
   times, target 1,264 to 15,123 times (python tests.py BenchIJEPA.coverage)
 - A training step of 192 × 6, patch 4, predictor 96 × 4, batch 256, in bfloat16 by AVX-512: 204 images per second, 2.69
-  times as fast as the official design in fp32 eager, 1.79 times as under autocast, at the same masks, which
-  need no padding; with the script's own, padded contexts 132 images per second: BenchIJEPA.speed
+  times as fast as [1]'s design with torch's fused attention in fp32 eager, 1.79 times as that under autocast, at the
+  same masks, which need no padding; with the script's own, padded contexts 132 images per second: BenchIJEPA.speed
 - CIFAR-10, JPEG copy, 192 × 6, predictor 96 × 4, 817 steps of 128 images in 21 minutes on one core, the best of three
   rates, validation images: kNN .349 (random init .267, pixels .357), linear .434 (.408, .378): BenchIJEPA.row ijepa.
   MAE in as much time, 2,938 steps: .403 and .552: BenchIJEPA.row mae
@@ -75,7 +75,7 @@ class Config:
     # data
     data: str = "shapes"  # shapes (drawn by this script), cifar10, or a folder that holds cifar-10-batches-bin/
     data_dir: str = "data"  # where downloads land
-    labels: float = 1.0  # fraction of the training images that is used at all, the same of each class
+    labels: float = 1.0  # fraction of the training images that is used at all, of each class alike
     full_train: bool = False  # pre-train on the validation images too, without their labels; probes stay as they are
     crop: int = 4  # pixels by which an image is shifted at most, its border reflected
     flip: bool = True  # mirror half of the images; [1]'s configs don't
@@ -92,7 +92,7 @@ class Config:
     predictor_dim: int = 48  # the same of the predictor, which is narrow [1] §3
     predictor_depth: int = 1  # [1] has 12 beside ViT-H, which has 32
     predictor_heads: int = 3  # [1]'s code has as many as the encoder
-    init: str | None = None  # start from the weights in a checkpoint of this script: a path
+    init: str | None = None  # a checkpoint of this script to start from: its weights, and its sizes for the defaults
     # objective
     ema: bool = True  # targets from an average of the encoder's weights; else from the encoder as it is
     ema_start: float = 0.95  # the average's momentum at first; [1]: .996; it rises linearly
@@ -108,7 +108,7 @@ class Config:
     # evaluation and pictures
     probe_images: int = 4000  # training images that kNN and the probe are fitted on during the run; at its end, all
     show_masks: bool = False  # draw contexts and targets into masks.png, and train nothing
-    compare: str | None = None  # checkpoints, comma-separated: probe the encoders of several scripts, train nothing
+    compare: str | None = None  # checkpoints, comma-separated: probe their encoders, train nothing; give an --out, too
     tsne_images: int = 2000  # test images, 3,000 at most, in --compare's pictures
     # run
     epochs: float = 8  # passes over the training images
@@ -133,12 +133,13 @@ class Config:
             if value == "" or name in known and value not in known[name]:
                 raise UserError(f"--{name} {value!r}: want {' or '.join(known.get(name, ['some text']))}")
             if type(value) in (int, float) and not (0 < value <= most or value == 0 and name in may_be_0):
-                up_to = f" to {most}" if most < sys.maxsize else ""
+                up_to = f", at most {most}" if most < sys.maxsize else ""
                 raise UserError(f"--{name} {value}: want a number {'from' if name in may_be_0 else 'above'} 0{up_to}")
         if self.data not in ("shapes", "cifar10") and not (Path(self.data) / "cifar-10-batches-bin").is_dir():
             raise UserError(f"--data {self.data}: want shapes, cifar10, or a folder that holds cifar-10-batches-bin/")
         clashes = {
             "--resume goes on from --out and --init starts anew: give one of them": self.resume and self.init,
+            "--show_masks and --compare: give one of them": self.show_masks and self.compare,
             f"--init {self.init}: no such file": self.init and not Path(self.init).is_file(),
             f"--target_min {self.target_min} is above --target_max {self.target_max}":
                 self.target_min > self.target_max,
@@ -154,7 +155,7 @@ class Config:
                 path not in OFFICIAL and not Path(path).is_file())
         grid = 32 // self.patch_size
         square = block_size(self.context_min * grid**2, 1.0, grid)[0] ** 2  # patches of the smallest
-        block = max(math.prod(block_size(self.target_max * grid**2, aspect, grid)) for aspect in (0.75, 1, 1.25, 1.5))
+        block = max(math.prod(block_size(self.target_max * grid**2, 0.75 + i / 400, grid)) for i in range(301))
         clashes |= {f"--target_max {self.target_max} leaves too little of contexts of --context_min {self.context_min}":
                     square - block < 4}
         for message, clash in clashes.items():
@@ -188,7 +189,7 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention: each token reads all others, weighted by softmax(q kᵀ / √D): 1706.03762v7 eq. 1."""
+    """Multi-head self-attention: each token reads all tokens, weighted by softmax(q kᵀ / √D): 1706.03762v7 eq. 1."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -243,7 +244,7 @@ class Block(nn.Module):
     def __init__(self, dim, heads, mlp_ratio=4.0, drop_path=0.0):
         super().__init__()
         self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, heads)
-        self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), FeedForward(dim, int(dim * mlp_ratio))
+        self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), FeedForward(dim, round(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x, key_mask=None):
@@ -301,7 +302,7 @@ class Encoder(nn.Module):
             raise UserError(f"patches of {patch_size} pixels must divide images of {image_size}, and {heads} heads "
                             f"{dim} channels")
         self.settings = dict(image_size=image_size, patch_size=patch_size, dim=dim, depth=depth, heads=heads)
-        self.stats = IMAGENET_STATS if image_size > 64 else CIFAR10_STATS  # of the images it wants
+        self.stats = IMAGENET_STATS if image_size > 64 else CIFAR10_STATS  # mean and deviation to normalise with
         self.grid = image_size // patch_size
         self.patch_embed = PatchEmbed(patch_size, dim)
         self.pos_embed = nn.Parameter(sincos_2d(dim, self.grid)[None], requires_grad=False)  # (1, N, C), fixed
@@ -325,7 +326,7 @@ class Encoder(nn.Module):
             images = images.reshape(B, K * P, P, 3).permute(0, 3, 1, 2)  # (B, 3, K P, P)
             pos = take(pos, ids)
         x = self.patch_embed(images)  # (B, K, C)
-        x = x + pos.to(x.dtype)  # under autocast all between here and the loss is bfloat16, weights apart
+        x = x + pos.to(x.dtype)  # pos as x: under autocast a sum with float32 would be float32, here and in every block
         for block in self.blocks:
             x = block(x, key_mask)
         return self.norm(x)
@@ -384,7 +385,7 @@ class Predictor(nn.Module):
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     def forward(self, context, context_ids, target_ids, context_real=None):
-        """context (B, K, C) of the patches context_ids (B, K), which context_real (B, K), bool, denies where padded.
+        """context (B, K, C) of the patches context_ids (B, K); context_real (B, K), bool: False where an id is padding.
 
         target_ids (R B, M): R blocks of each image, all images' first ones, then all second ones. Each is a sequence
         of its own, with the context, so that no block's mask tokens see another's. Returns (R B, M, C).
@@ -418,8 +419,9 @@ class IJEPA(nn.Module):
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
 
     def targets(self, images, target_ids):
-        """What is to be predicted (R B, M, C): the target encoder's vectors for the full images, each less its mean and
-        over its deviation, so that no vector counts by its length. target_ids (R B, M) as for the predictor."""
+        """What is to be predicted (R B, M, C): the target encoder's vectors for the full images, each minus its mean
+        and divided by its deviation, so that no vector counts by its length. target_ids (R B, M) as for the predictor.
+        """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.stop_gradient):
             z = (self.target_encoder if self.stop_gradient else self.encoder)(images)  # (B, N, C)
             z = F.layer_norm(z.float(), z.shape[-1:])  # eps 1e-5, no parameters
@@ -455,11 +457,11 @@ def sample_masks(batch, grid, generator, targets=4, target_scale=(0.15, 0.2), co
     (height over width), and one of context squares; positions are drawn for each image, uniform over all that fit,
     and what lies in a target leaves the context. An image left with fewer than least patches draws its targets anew.
 
-    [1]'s code fails on grids as small as 8 × 8: its randint(0, grid - h) leaves out the last position, so that 15 of
-    64 patches are never context, and no block may span the grid; one number gives both scale and aspect, so that flat
-    blocks are always small; it waits for more than min_keep patches, forever where a target can't have them, while a
-    context may in the end overlap targets; and it cuts all contexts of a batch to the shortest, in raster order, from
-    the bottom.
+    [1]'s code fails on grids as small as 8 × 8: its randint(0, grid - h) leaves out the last position, so that 15 of 64
+    patches are neither context nor target, and no block may span the grid; one number gives both scale and aspect, so
+    that flat blocks are always small; it waits for more than min_keep patches, forever where a target can't have them,
+    while a context may in the end overlap targets; and it cuts all contexts of a batch to the shortest, in raster
+    order, from the bottom.
     """
     def uniform(low, high):
         return low + (high - low) * torch.rand((), generator=generator, dtype=torch.float64).item()
@@ -489,7 +491,8 @@ def sample_masks(batch, grid, generator, targets=4, target_scale=(0.15, 0.2), co
 
 def jepa_batch(c, images, stats, grid, step, slot, slots):
     """The slot-th of the slots micro-batches of a step: normalised images (B, 3, S, S), each shifted and mirrored, and
-    their masks, as sample_masks gives them. It depends on (seed, step, slot) alone."""
+    their masks, as sample_masks gives them. They depend on (seed, step, slot, slots) alone; slots counts those of all
+    processes."""
     index, _ = batch_index(len(images), c.batch_size, c.seed, step, slot, slots)
     rng, B, device = np.random.default_rng((c.seed, 2, step, slot)), c.batch_size, images.device
     dy, dx = rng.integers(-c.crop, c.crop, (2, B), endpoint=True)
@@ -520,11 +523,12 @@ def augment(images, index, dy, dx, mirror):
     columns = torch.where(mirror[:, None], W - 1 - columns, columns)
     columns = reflect(columns + dx[:, None], W)
     rows = reflect(torch.arange(H, device=images.device) + dy[:, None], H)  # (B, H)
+    # indices on both sides of a slice put their own axes first: (B, H, W, C)
     return images[index[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)  # (B, C, H, W)
 
 
 def normalise(images, stats, size=0):
-    """uint8 (B, 3, H, W) to floats of about zero mean and unit variance, resized to size × size if that is not 0."""
+    """Pixels (B, 3, H, W), 0 to 255, to floats of about zero mean, unit variance, resized to size × size unless 0."""
     mean, std = (torch.tensor(s, device=images.device)[:, None, None] for s in stats)
     x = (images / 255 - mean) / std
     return F.interpolate(x, (size, size), mode="bilinear") if size else x
@@ -532,7 +536,7 @@ def normalise(images, stats, size=0):
 
 def batch_index(n, batch_size, seed, step, slot, slots):
     """Which of n images make the slot-th of the slots micro-batches of a step: indices (batch_size,), and the epoch.
-    Each epoch has an order of its own; all depends on (seed, step, slot) alone."""
+    Each epoch has an order of its own; all depends on (seed, step, slot, slots) alone."""
     size = batch_size * slots
     epoch, position = divmod(step, max(1, n // size))
     order = np.random.default_rng((seed, 1, epoch)).permutation(n)
@@ -596,8 +600,7 @@ def ijepa_step(model, raw, optimizer, autocast, images, c, step, steps, rank, wo
     optimizer.step()
     optimizer.zero_grad()
     momentum = c.ema_start + (c.ema_end - c.ema_start) * min(1.0, step / steps)
-    with torch.no_grad():
-        update_average(raw.target_encoder, raw.encoder, momentum if c.ema and c.stop_gradient else 0.0)
+    update_average(raw.target_encoder, raw.encoder, momentum if c.ema and c.stop_gradient else 0.0)
     return total
 
 
@@ -611,14 +614,15 @@ def cached_features(encode, images, stats, autocast):
         with autocast:
             parts.append(encode(normalise(x, stats)).float())
     if not all(z.isfinite().all() for z in parts):
-        raise UserError("features are infinite, there is nothing to probe: lower --lr", 1)
+        raise UserError("features are not finite, there is nothing to probe: lower --lr", 1)
     return torch.cat(parts)
 
 
 @torch.no_grad()
 def knn_accuracy(train_z, train_y, test_z, test_y, k=20, temperature=0.07):
     """The share of test features (M, C) whose label the k training features (N, C) at the least angle vote for, each
-    with the weight exp(cosine / temperature) (1805.01978v1 §3.4). Nothing is fitted: classes must already lie apart."""
+    with the weight exp(cosine / temperature) (1805.01978v1 §3.4, there k = 200). Nothing is fitted: classes must lie
+    apart already."""
     train_z, test_z = F.normalize(train_z, dim=1), F.normalize(test_z, dim=1)
     labels, right = F.one_hot(train_y).to(train_z.dtype), 0  # (N, classes)
     for z, y in zip(test_z.split(1000), test_y.split(1000)):
@@ -631,11 +635,10 @@ def knn_accuracy(train_z, train_y, test_z, test_y, k=20, temperature=0.07):
 @torch.no_grad()
 def linear_probe(train_z, train_y, val_z, val_y, test_z, test_y, rates=(1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0),
                  epochs=20, at_least=300, batch_size=500, seed=0):
-    """Accuracy on test features (M, C) of the linear classifier, of one per rate, that is best on validation ones.
+    """Accuracy on test features (M, C) of a linear classifier: one per rate is trained, the best on validation counts.
 
     As in arXiv 2111.06377v3 §A.1: in front batch norm without an affine map, here with the statistics of all training
-    features; no decay; a cosine. SGD with momentum .9 for so many epochs, but at_least so many steps; R classifiers at
-    once.
+    features; no decay; a cosine. SGD with momentum .9 for epochs, but at least at_least steps; all R rates at once.
     """
     mean, std = train_z.mean(dim=0), (train_z.var(dim=0, unbiased=False) + 1e-6).sqrt()
     train_z, val_z, test_z = (F.pad((z - mean) / std, (0, 1), value=1.0) for z in (train_z, val_z, test_z))  # a bias
@@ -662,7 +665,7 @@ def linear_probe(train_z, train_y, val_z, val_y, test_z, test_y, rates=(1e-3, 3e
 
 def rankme(z):
     """In effect how many dimensions features (N, C) fill: exp of the entropy of p = σ / Σσ + 1e-7, σ their singular
-    values (arXiv 2210.02885v3). At most the smaller of N and C; 1 if all features lie on a line through the origin."""
+    values (arXiv 2210.02885v3). At most about the smaller of N and C; 1 if all lie on a line through the origin."""
     p = torch.linalg.svdvals(z.cpu().double())
     p = p / p.sum() + 1e-7
     return (-(p * p.log()).sum()).exp().item()
@@ -674,11 +677,12 @@ def spread(z):
     return F.normalize(z, dim=1).std(dim=0).mean().item() * z.size(1) ** 0.5
 
 
-def probe_encoders(encoders, stats, train, val, test, fractions, autocast):
+def probe_encoders(encoders, stats, train, val, test, fractions, autocast, dimensions=True):
     """{name: scores} of encoders, a dict of functions of normalised images: what probes make of their features.
 
     train, val, test: (images (N, 3, H, W) uint8, labels (N,)). kNN and linear probes are fitted on train, the latter
     on fractions of its labels, and scored on test; for a look during a run, val may be given as test.
+    dimensions: also how many the features fill, and how far they spread.
     """
     results = {}
     for name, encode in encoders.items():
@@ -689,12 +693,13 @@ def probe_encoders(encoders, stats, train, val, test, fractions, autocast):
             some = balanced_subset(train[1], fraction)
             scores[f"linear_{fraction:.0%}" if fraction < 1 else "linear"] = linear_probe(
                 train_z[some], train[1][some], val_z, val[1], test_z, test[1])
-        scores |= dict(rankme=rankme(test_z), std=spread(test_z))
+        if dimensions:
+            scores |= dict(rankme=rankme(test_z), std=spread(test_z))
     return results
 
 
 def probe_table(results):
-    """The same as lines of text, an encoder in each."""
+    """What probe_encoders returns as lines of text, an encoder in each."""
     rows = [("", *next(iter(results.values())))]
     rows += [(name, *(f"{value:.4f}" for value in scores.values())) for name, scores in results.items()]
     return "\n".join("".join(f"{cell:>12}" for cell in row) for row in rows)
@@ -785,7 +790,7 @@ def make_shapes(n, seed):
 
 
 def balanced_subset(labels, fraction):
-    """Indices, ascending, of the first images of each class, a fraction of it: the data is in random order as it is."""
+    """Indices, ascending, of the first images of each class, a fraction of the class: the data is in random order."""
     classes = [(labels == k).nonzero().flatten() for k in labels.unique()]
     return torch.cat([k[:max(1, round(fraction * len(k)))] for k in classes]).sort().values
 
@@ -808,6 +813,7 @@ def load_images(c):
         keep = balanced_subset(train[1], c.labels)
         train = [t[keep] for t in train]
     return train, val, test, classes
+
 
 # ---- files and errors ----------------------------------------------------------------------------------------------
 
@@ -850,7 +856,7 @@ def download(url, path, checksum=None):
                 part.unlink()
             if have != total:
                 raise OSError(f"it ended after {have} of {total} bytes")
-        if not hashlib.new(kind, part.read_bytes()).hexdigest().startswith(digits):
+        if digits and not hashlib.new(kind, part.read_bytes()).hexdigest().startswith(digits):
             part.unlink()
             raise UserError(f"{url} is not the published file, its {kind} differs: deleted, try again")
         os.replace(part, path)
@@ -868,7 +874,8 @@ def write_atomic(path, *content):
                 os.fsync(file.fileno())
             os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a disk that can't be written has its own message above
+            temporary.unlink()
 
 
 def load_checkpoint(path):
@@ -879,22 +886,34 @@ def load_checkpoint(path):
     return saved
 
 
+def round_ticks(low, high):
+    """Some round numbers from low or just below to high or just above, 1, 2 or 5 · 10^n apart, two to seven."""
+    least = (high - low if high - low > 1e-9 * abs(high) else abs(high) or 1) / 5  # less is rounding
+    power = 10.0 ** math.floor(math.log10(least))
+    step = next(power * m for m in (1, 2, 5, 10) if power * m >= least)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    return [step * i for i in range(first, max(last, first + 1) + 1)]
+
+
 def curves_svg(path, series, x_label, y_label):
-    """A chart of {name: [(x, y), ...]}; the names stand in the corner in their lines' colours."""
-    (x0, x1), (y0, y1) = [(min(v), max(v)) for v in zip(*(p for line in series.values() for p in line))]
-    svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="-70 -30 640 400" font-family="sans-serif" font-size="12">'
-           '<rect x="-70" y="-30" width="640" height="400" fill="white"/>'
-           f'<text x="275" y="362" text-anchor="middle">{x_label}</text><text x="-62" y="-12">{y_label}</text>']
-    for i in range(6):
-        svg.append(f'<path d="M0 {320 - 64 * i}h550" stroke="#ddd"/>'
-                   f'<text x="-8" y="{320 - 64 * i}" text-anchor="end">{y0 + (y1 - y0) * i / 5:.3g}</text>'
-                   f'<text x="{110 * i}" y="340" text-anchor="middle">{x0 + (x1 - x0) * i / 5:.4g}</text>')
+    """A chart of {name: [(x, y), ...]}; the names stand beside it in their lines' colours."""
+    xs, ys = (round_ticks(min(v), max(v)) for v in zip(*(p for line in series.values() for p in line)))
+
+    def at(x, y):
+        return 550 * (x - xs[0]) / (xs[-1] - xs[0]), 320 * (ys[-1] - y) / (ys[-1] - ys[0])
+
+    svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="-70 -30 790 400" font-family="sans-serif" font-size="12">'
+           '<rect x="-70" y="-30" width="790" height="400" fill="white"/>'
+           f'<text x="275" y="362" text-anchor="middle">{x_label}</text><text x="-62" y="-14">{y_label}</text>']
+    for y in ys:
+        svg.append(f'<path d="M0 {at(0, y)[1]:.1f}h550" stroke="#ddd"/>'
+                   f'<text x="-8" y="{at(0, y)[1] + 4:.1f}" text-anchor="end">{y:.6g}</text>')
+    svg += [f'<text x="{at(x, 0)[0]:.1f}" y="340" text-anchor="middle">{x:.6g}</text>' for x in xs]
     for i, (name, line) in enumerate(series.items()):
         colour = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")[i % 6]
-        points = " ".join(f"{550 * (x - x0) / (x1 - x0 or 1):.1f},{320 * (y1 - y) / (y1 - y0 or 1):.1f}"
-                          for x, y in line)
+        points = " ".join("{:.1f},{:.1f}".format(*at(x, y)) for x, y in line)
         svg.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
-                   f'<text x="540" y="{20 + 16 * i}" text-anchor="end" fill="{colour}">{name}</text>')
+                   f'<text x="560" y="{20 + 16 * i}" fill="{colour}">{name}</text>')
     write_atomic(path, "\n".join([*svg, "</svg>"]).encode())
 
 
@@ -971,7 +990,7 @@ def pca(x, k):
 def affinities(x, perplexity=30.0):
     """P (N, N) of points x (N, C): how likely i and j are neighbours; it is symmetric, and its sum is 1 [2] §2, §3.
 
-    p_{j|i} ~ exp(-β_i |x_i - x_j|²); bisection finds the β_i with which p's entropy is that of so many equal ones.
+    p_{j|i} ~ exp(-β_i |x_i - x_j|²); bisection finds the β_i with which row i has the entropy of perplexity equal p's.
     """
     N, distances = len(x), torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").double() ** 2
     distances.fill_diagonal_(math.inf)  # nobody is his own neighbour
@@ -1002,8 +1021,9 @@ def tsne(x, perplexity=30.0, iterations=1000, exaggerated=250):
     """A map (N, 2) of points x (N, C) that keeps neighbours together [2] Algorithm 1; distances far off mean little.
 
     From 50 principal components. At first P is 12 times too large, so that clusters gather while there is room; then
-    momentum rises from .5 to .8. Differs from [2], where P is 4 times too large, for 50 steps (§3.4, §4); and the map
-    starts at two components, so that nothing is random, and the rate grows with N.
+    momentum rises from .5 to .8. Differs from [2], where P is 4 times too large, for 50 steps (§3.4), components are 30
+    (§4.2) and the rate is 100 at first: here the map starts at two components, so that nothing is random, and the rate
+    is N / 12 / 4, at least 50, as in scikit-learn.
     """
     x = pca(x.detach().cpu().double(), 50)
     P = affinities(x, min(perplexity, (len(x) - 1) / 3)).float()
@@ -1012,7 +1032,7 @@ def tsne(x, perplexity=30.0, iterations=1000, exaggerated=250):
     for step in range(iterations):
         early = step < exaggerated
         gradient = tsne_gradient(12 * P if early else P, Y)
-        same = (gradient > 0) == (velocity > 0)  # it turns back: each number has a rate of its own [2] §3.4
+        same = (gradient > 0) == (velocity > 0)  # uphill: that coordinate's own rate shrinks, else it grows [2] §3.4
         gain = torch.where(same, gain * 0.8, gain + 0.2).clamp(min=0.01)
         velocity = (0.5 if early else 0.8) * velocity - rate * gain * gradient
         Y = Y + velocity
@@ -1185,7 +1205,7 @@ class RunFolder:
                 file.write(json.dumps(self.rows[-1]) + "\n")
 
     def draw(self, y_label, **keys):
-        """curves.svg, a line for each of names=key that rows have."""
+        """curves.svg: for each name=key of which rows have the key, a line called name."""
         lines = {name: [(row["step"], row[key]) for row in self.rows if key in row] for name, key in keys.items()}
         if self.writes and any(lines.values()):
             curves_svg(self.out / "curves.svg", {k: v for k, v in lines.items() if v}, "step", y_label)
@@ -1204,7 +1224,8 @@ def train(c, interrupts=()):
     device, dtype, autocast = pick_device(c.device, c.dtype, "avx512_bf16")
     if world > 1:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if rank > 0:  # the first rank may have to download
+    local = int(os.environ.get("LOCAL_RANK", rank))
+    if local > 0:  # a machine's first rank may have to download
         torch.distributed.barrier()
     splits = load_images(dataclasses.replace(c, full_train=False))[:3]
     saved = load_checkpoint(f"{c.out}/ckpt.pt") if c.resume else None
@@ -1212,7 +1233,7 @@ def train(c, interrupts=()):
     raw = load_ijepa(c).to(device)
     torch.manual_seed(c.seed)
     fresh = IJEPA(**raw.settings).to(device)  # as the network was before it had learned anything
-    if rank == 0 and world > 1:
+    if local == 0 and world > 1:
         torch.distributed.barrier()
     train_split, val, test = [[t.to(device) for t in split] for split in splits]  # uint8, all on the device
     images = torch.cat((train_split[0], val[0])) if c.full_train else train_split[0]
@@ -1228,14 +1249,14 @@ def train(c, interrupts=()):
     per_epoch = max(1, len(images) // batch)
     steps = c.steps or math.ceil(c.epochs * per_epoch)
     run = RunFolder(c, saved, writes=rank == 0)
-    yardsticks = dict(random_init=fresh.features, pixels=lambda x: x.flatten(1))
-    few = [t[:c.probe_images] for t in train_split]
-    beside = probe_encoders(yardsticks, raw.stats, few, val, val, (1.0,), autocast)
-    beside = {f"{key}_{name}": scores[key] for name, scores in beside.items() for key in ("knn", "linear")}
     if rank == 0:
         print(" ".join(f"{name}={value!r}" for name, value in dataclasses.asdict(c).items()))
         print(f"{sum(p.numel() for p in raw.parameters()):,} parameters | {len(images):,} images to train on | "
-              f"{steps} steps of {batch} | {device} {dtype}")
+              f"{steps} steps of {batch} | {device} {dtype}", flush=True)
+    yardsticks = dict(random_init=fresh.features, pixels=lambda x: x.flatten(1))
+    few = [t[:c.probe_images] for t in train_split]
+    beside = probe_encoders(yardsticks, raw.stats, few, val, val, (1.0,), autocast, dimensions=False)
+    beside = {f"{key}_{name}": scores[key] for name, scores in beside.items() for key in ("knn", "linear")}
 
     def save(name):
         sizes = raw.encoder.settings
@@ -1308,12 +1329,12 @@ def finish_ijepa(run, model, yardsticks, train_split, val, test, c, autocast, de
     results = probe_encoders(encoders, model.stats, train_split, val, test, (1.0, 0.1, 0.01), autocast)
     flat = {f"test_{key}{'' if name == 'ijepa' else '_' + name}": value
             for name, scores in results.items() for key, value in scores.items()}
-    neighbours_png(encoders, train_split, test, run.out / "neighbours.png", autocast)
     memory = peak_mb(device)
     run.log(f"on test images, with {len(train_split[0]):,} labels, 10% or 1% of them:\n{probe_table(results)}\n"
             f"test linear {flat['test_linear']:.4f}, of random init {flat['test_linear_random_init']:.4f} | "
             f"{run.seconds:.0f} s of training | peak {memory:.0f} MB | nearest training images, by ours, random init "
             f"and pixels, in {run.out}/neighbours.png", seconds=run.seconds, **flat, final=True, peak_mb=memory)
+    neighbours_png(encoders, train_split, test, run.out / "neighbours.png", autocast)
 
 
 def pick_device(name, dtype, units="amx_bf16"):
@@ -1326,6 +1347,8 @@ def pick_device(name, dtype, units="amx_bf16"):
     with one_line(f"--device {name} is not here"):
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
         torch.zeros(1, device=device).item()
+    if device.type == "mps" and int(os.environ.get("WORLD_SIZE", 1)) > 1:  # gloo can't move its tensors
+        raise UserError("several processes can't share work on mps: add --device cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where fp32 is left
@@ -1389,6 +1412,9 @@ def main(argv=None):
         print(f"ijepa.py: {error}", file=sys.stderr)
         return error.status
     except (MemoryError, RuntimeError) as error:  # torch has a RuntimeError for it, on a CPU a plain one
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            print(f"ijepa.py: --compile failed, leave it out: {' '.join(str(error).split())[:200]}", file=sys.stderr)
+            return 1
         if isinstance(error, RuntimeError) and not re.search("(out of|allocate|enough) memory", str(error)):
             raise
         print(f"ijepa.py: out of memory ({' '.join(str(error).split())[:200]}): lower --batch_size", file=sys.stderr)

@@ -24,12 +24,12 @@ model.features(images) -> (B, C), images being normalise(uint8, model.stats, 224
 What to expect (torch 2.13.0, two cores of an AMD EPYC, seed 0, n = 1; logs in assets/logs/mae/):
 - python mae.py, test images of shapes, bfloat16, 119 s of training: linear probe .474 (random init .249, pixels .173),
   with a tenth of the labels .392 (.190, .184), with 1% .199 (.114, .136); kNN .159 (.118, and pixels .334: best)
-- A training step of 192 × 12, patch 4, decoder 128 × 2, batch 256, ratio .75, in bfloat16 by AVX-512: 323 images per
-  second, 1.79 times as fast as the official design in fp32 eager, 1.57 times as under autocast; an encoder step takes
-  .27 of the time of an unmasked one: BenchMAE.speed
-- CIFAR-10, JPEG copy, 192 × 6, decoder 128 × 2, ratio .75, --norm_pix_loss, 2,938 steps of 128 images in 21 minutes on
-  one core, the best of three rates, validation images: kNN .403 (random init .274, pixels .357), linear .552 (.395,
-  .378): BenchIJEPA.row mae
+- A training step of 192 numbers per token × 12 blocks, patch 4, decoder 128 × 2, batch 256, ratio .75, in bfloat16 by
+  AVX-512: 323 images per second, 1.79 times as fast as [1]'s design with torch's fused attention and AdamW in fp32
+  eager, 1.57 times as that under autocast; an encoder step takes .27 of the time of an unmasked one: BenchMAE.speed
+- CIFAR-10, JPEG copy, 192 × 6, decoder 128 × 2, ratio .75, --norm_pix_loss, --no-class_token, 2,938 steps of 128
+  images in 21 minutes on one core, the best of three rates, validation images: kNN .403 (random init .274, pixels
+  .357), linear .552 (.395, .378): BenchIJEPA.row mae, log in assets/logs/ijepa/
 - Not yet measured: CIFAR-10, one hour, then a fine-tune against from scratch (BenchMAE.hour); ratios .5, .75, .9 and
   decoders of 1, 2, 4 blocks, ten minutes each (BenchMAE.ablation)
 - On a GPU: not yet measured
@@ -42,8 +42,9 @@ Differs from [1]: by default half of the patches are removed and plain pixels pr
 of shapes; images are shifted and mirrored instead of cropped at random sizes (Table 1e: crops of one size do nearly
 as well); no decay on tokens, which [1]'s code decays; a block mask is one rectangle.
 
-Shapes: B batch, N patches, K of them kept, C channels, D the decoder's, H heads, P patch side, S image side; images
-are (B, 3, S, S), uint8 until normalised. The class token, if there is one, comes first: then first is 1, else 0.
+Shapes: B batch, N patches, K of them kept, C channels, D the decoder's (in Attention: per head), H heads, P patch side,
+S image side; images are (B, 3, S, S), uint8 until normalised. The class token, if there is one, comes first: then
+first is 1, else 0.
 
 [1] He et al. 2021, MAE, arXiv 2111.06377v3, and its code, github.com/facebookresearch/mae
 """
@@ -74,14 +75,14 @@ class Config:
     # data
     data: str = "shapes"  # shapes (drawn by this script), cifar10, or a folder that holds cifar-10-batches-bin/
     data_dir: str = "data"  # where downloads land
-    labels: float = 1.0  # fraction of the training images that is used at all, the same of each class
+    labels: float = 1.0  # fraction of the training images that is used at all, of each class alike
     full_train: bool = False  # pre-train on the validation images too, without their labels; probes stay as they are
     crop: int = 4  # pixels by which an image is shifted at most, its border reflected
     flip: bool = True  # mirror half of the images
     # masks and targets
     mask: str = "random"  # which patches are removed: random, block (one rectangle), or grid (regular) [1] Figure 6
     mask_ratio: float = 0.5  # share of the patches that is removed, up to 0.95; photos want 0.75 [1] Figure 5
-    norm_pix_loss: bool = False  # predict a patch's pixels less their mean, over their deviation [1] §3: for photos
+    norm_pix_loss: bool = False  # predict pixels less their patch's mean, over its deviation [1] §3: for photos
     # model
     patch_size: int = 4  # side of a patch in pixels
     dim: int = 128  # numbers per token in the encoder
@@ -90,8 +91,8 @@ class Config:
     decoder_dim: int = 64  # numbers per token in the decoder, which may be small [1] Table 1b
     decoder_depth: int = 1  # one block is enough for fine-tuning; a linear probe wants more [1] Table 1a
     decoder_heads: int = 2  # 32 numbers per head, as in [1]
-    class_token: bool = True  # a token of its own, which the decoder reads too [1] §A.1
-    init: str | None = None  # start from the weights in a checkpoint of this script: a path
+    class_token: bool = True  # one more learned token before the patches; the decoder reads it too [1] §A.1
+    init: str | None = None  # a checkpoint of this script to start from: its weights and sizes, not its --norm_pix_loss
     # optimiser
     lr: float = 6e-3  # base rate: the peak is this times images per step / 256; [1] §A.1: 1.5e-4, with 4,096 of them
     weight_decay: float = 0.05  # on weights alone, not on biases, norms and tokens
@@ -101,7 +102,7 @@ class Config:
     # evaluation and pictures
     pool: str = "mean"  # the features: mean, of the patches' vectors after the norm, or cls, the class token's
     probe_images: int = 4000  # training images that kNN and the probe are fitted on during the run; at its end, all
-    reconstruct: str | None = None  # draw what an official name, a .pth or a .pt rebuilds, and train nothing
+    reconstruct: str | None = None  # draw what a trained network rebuilds, no training: an official name, .pth or .pt
     picture: str | None = None  # a picture to --reconstruct instead of the data's (needs pillow)
     # run
     epochs: float = 10  # passes over the training images
@@ -124,7 +125,7 @@ class Config:
             if value == "" or name in known and value not in known[name]:
                 raise UserError(f"--{name} {value!r}: want {' or '.join(known.get(name, ['some text']))}")
             if type(value) in (int, float) and not (0 < value <= most or value == 0 and name in may_be_0):
-                up_to = f" to {most}" if most < sys.maxsize else ""
+                up_to = f", at most {most}" if most < sys.maxsize else ""
                 raise UserError(f"--{name} {value}: want a number {'from' if name in may_be_0 else 'above'} 0{up_to}")
         if self.data not in ("shapes", "cifar10") and not (Path(self.data) / "cifar-10-batches-bin").is_dir():
             raise UserError(f"--data {self.data}: want shapes, cifar10, or a folder that holds cifar-10-batches-bin/")
@@ -173,7 +174,7 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention: each token reads all others, weighted by softmax(q kᵀ / √D): 1706.03762v7 eq. 1."""
+    """Multi-head self-attention: each token reads all tokens, weighted by softmax(q kᵀ / √D): 1706.03762v7 eq. 1."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -228,7 +229,7 @@ class Block(nn.Module):
     def __init__(self, dim, heads, mlp_ratio=4.0, drop_path=0.0):
         super().__init__()
         self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, heads)
-        self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), FeedForward(dim, int(dim * mlp_ratio))
+        self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), FeedForward(dim, round(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x, key_mask=None):
@@ -257,7 +258,7 @@ def kept_patches(N, mask_ratio):
     """How many of N patches a ratio leaves, rounded down as in [1]'s code. Raises ValueError if that is 0 or N."""
     K = int(N * (1 - mask_ratio))
     if not 0 < K < N:
-        raise UserError(f"--mask_ratio {mask_ratio} of {N} patches removes {'none' if K else 'all'} of them")
+        raise UserError(f"--mask_ratio {mask_ratio} of {N} patches removes {'none' if K > 0 else 'all'} of them")
     return K
 
 
@@ -283,7 +284,7 @@ class MAE(nn.Module):
         self.settings = dict(image_size=image_size, patch_size=patch_size, dim=dim, depth=depth, heads=heads,
                              decoder_dim=decoder_dim, decoder_depth=decoder_depth, decoder_heads=decoder_heads,
                              norm_pix_loss=norm_pix_loss, class_token=class_token)
-        self.stats = IMAGENET_STATS if image_size > 64 else CIFAR10_STATS  # of the images it wants
+        self.stats = IMAGENET_STATS if image_size > 64 else CIFAR10_STATS  # mean and std; see data below
         self.patch_size, self.norm_pix_loss, self.first = patch_size, norm_pix_loss, int(class_token)
         self.grid = image_size // patch_size
 
@@ -324,8 +325,8 @@ class MAE(nn.Module):
         return x[:, 0] if pool == "cls" else x[:, self.first:].mean(dim=1)
 
     def encode(self, images, mask_ratio, noise):
-        """The encoder's view of the patches with the least noise (B, N): (B, first + K, C). Also the mask (B, N), and
-        restore (B, N): where in the shuffled order, the kept ones first, each patch stands."""
+        """Keep the K patches with the least noise (B, N) and encode them: (B, first + K, C). Also the mask (B, N), and
+        restore (B, N): each patch's place in the shuffled order, in which the kept ones come first."""
         x = self.tokens(images)
         B, N, C = x.shape
         K = kept_patches(N, mask_ratio)
@@ -348,11 +349,12 @@ class MAE(nn.Module):
         return self.decoder_pred(self.decoder_norm(x[:, self.first:]))
 
     def targets(self, images):
-        """What is to be predicted, (B, N, 3 P²), and each patch's mean and deviation, which undo it: (B, N, 1)."""
+        """What is to be predicted, (B, N, 3 P²), and what undoes it, (B, N, 1): each patch's mean and
+        deviation, or 0 and 1 for plain pixels."""
         x = patchify(images, self.patch_size)
         if not self.norm_pix_loss:
             return x, torch.zeros_like(x[..., :1]), torch.ones_like(x[..., :1])
-        mean, std = x.mean(dim=2, keepdim=True), (x.var(dim=2, keepdim=True) + 1e-6).sqrt()  # var is unbiased
+        mean, std = x.mean(dim=2, keepdim=True), (x.var(dim=2, keepdim=True) + 1e-6).sqrt()  # unbiased, as [1]'s code
         return (x - mean) / std, mean, std
 
     def forward(self, images, mask_ratio=0.75, noise=None):
@@ -421,9 +423,9 @@ OFFICIAL = {  # address, and the start of the file's MD5 where [1]'s code gives 
 def mask_noise(kind, rng, B, grid):
     """Noise (B, grid²), float32: the patches with the most are removed, as many as the ratio says ([1] Figure 6).
 
-    random: any. block: those around a point, a rectangle but for its last row or column, up to 3.3 times as long as
-    wide; differs from [1]'s, which are several, BEiT's. grid: of each 2 × 2 patches one after another, so that at
-    .75 the same one of the four is kept everywhere.
+    random: any patches. block: a rectangle around a random point, its last row or column perhaps not whole, up to 3.3
+    times as long as wide before the border cuts it; differs from [1], which takes BEiT's several blocks. grid: every
+    2 × 2 square loses its patches in the same order, so that at .75 the same one of its four is kept everywhere.
     """
     noise = rng.random((B, grid, grid), np.float32)
     rows, columns = np.mgrid[:grid, :grid]
@@ -460,11 +462,12 @@ def augment(images, index, dy, dx, mirror):
     columns = torch.where(mirror[:, None], W - 1 - columns, columns)
     columns = reflect(columns + dx[:, None], W)
     rows = reflect(torch.arange(H, device=images.device) + dy[:, None], H)  # (B, H)
+    # indices on both sides of a slice put their own axes first: (B, H, W, C)
     return images[index[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)  # (B, C, H, W)
 
 
 def normalise(images, stats, size=0):
-    """uint8 (B, 3, H, W) to floats of about zero mean and unit variance, resized to size × size if that is not 0."""
+    """Pixels (B, 3, H, W), 0 to 255, to floats of about zero mean, unit variance, resized to size × size unless 0."""
     mean, std = (torch.tensor(s, device=images.device)[:, None, None] for s in stats)
     x = (images / 255 - mean) / std
     return F.interpolate(x, (size, size), mode="bilinear") if size else x
@@ -472,7 +475,7 @@ def normalise(images, stats, size=0):
 
 def batch_index(n, batch_size, seed, step, slot, slots):
     """Which of n images make the slot-th of the slots micro-batches of a step: indices (batch_size,), and the epoch.
-    Each epoch has an order of its own; all depends on (seed, step, slot) alone."""
+    Each epoch has an order of its own; all depends on (seed, step, slot, slots) alone."""
     size = batch_size * slots
     epoch, position = divmod(step, max(1, n // size))
     order = np.random.default_rng((seed, 1, epoch)).permutation(n)
@@ -535,14 +538,15 @@ def cached_features(encode, images, stats, autocast):
         with autocast:
             parts.append(encode(normalise(x, stats)).float())
     if not all(z.isfinite().all() for z in parts):
-        raise UserError("features are infinite, there is nothing to probe: lower --lr", 1)
+        raise UserError("features are not finite, there is nothing to probe: lower --lr", 1)
     return torch.cat(parts)
 
 
 @torch.no_grad()
 def knn_accuracy(train_z, train_y, test_z, test_y, k=20, temperature=0.07):
     """The share of test features (M, C) whose label the k training features (N, C) at the least angle vote for, each
-    with the weight exp(cosine / temperature) (1805.01978v1 §3.4). Nothing is fitted: classes must already lie apart."""
+    with the weight exp(cosine / temperature) (1805.01978v1 §3.4, there k = 200). Nothing is fitted: classes must lie
+    apart already."""
     train_z, test_z = F.normalize(train_z, dim=1), F.normalize(test_z, dim=1)
     labels, right = F.one_hot(train_y).to(train_z.dtype), 0  # (N, classes)
     for z, y in zip(test_z.split(1000), test_y.split(1000)):
@@ -555,11 +559,10 @@ def knn_accuracy(train_z, train_y, test_z, test_y, k=20, temperature=0.07):
 @torch.no_grad()
 def linear_probe(train_z, train_y, val_z, val_y, test_z, test_y, rates=(1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0),
                  epochs=20, at_least=300, batch_size=500, seed=0):
-    """Accuracy on test features (M, C) of the linear classifier, of one per rate, that is best on validation ones.
+    """Accuracy on test features (M, C) of a linear classifier: one per rate is trained, the best on validation counts.
 
     As in arXiv 2111.06377v3 §A.1: in front batch norm without an affine map, here with the statistics of all training
-    features; no decay; a cosine. SGD with momentum .9 for so many epochs, but at_least so many steps; R classifiers at
-    once.
+    features; no decay; a cosine. SGD with momentum .9 for epochs, but at least at_least steps; all R rates at once.
     """
     mean, std = train_z.mean(dim=0), (train_z.var(dim=0, unbiased=False) + 1e-6).sqrt()
     train_z, val_z, test_z = (F.pad((z - mean) / std, (0, 1), value=1.0) for z in (train_z, val_z, test_z))  # a bias
@@ -586,7 +589,7 @@ def linear_probe(train_z, train_y, val_z, val_y, test_z, test_y, rates=(1e-3, 3e
 
 def rankme(z):
     """In effect how many dimensions features (N, C) fill: exp of the entropy of p = σ / Σσ + 1e-7, σ their singular
-    values (arXiv 2210.02885v3). At most the smaller of N and C; 1 if all features lie on a line through the origin."""
+    values (arXiv 2210.02885v3). At most about the smaller of N and C; 1 if all lie on a line through the origin."""
     p = torch.linalg.svdvals(z.cpu().double())
     p = p / p.sum() + 1e-7
     return (-(p * p.log()).sum()).exp().item()
@@ -598,11 +601,12 @@ def spread(z):
     return F.normalize(z, dim=1).std(dim=0).mean().item() * z.size(1) ** 0.5
 
 
-def probe_encoders(encoders, stats, train, val, test, fractions, autocast):
+def probe_encoders(encoders, stats, train, val, test, fractions, autocast, dimensions=True):
     """{name: scores} of encoders, a dict of functions of normalised images: what probes make of their features.
 
     train, val, test: (images (N, 3, H, W) uint8, labels (N,)). kNN and linear probes are fitted on train, the latter
     on fractions of its labels, and scored on test; for a look during a run, val may be given as test.
+    dimensions: also how many the features fill, and how far they spread.
     """
     results = {}
     for name, encode in encoders.items():
@@ -613,12 +617,13 @@ def probe_encoders(encoders, stats, train, val, test, fractions, autocast):
             some = balanced_subset(train[1], fraction)
             scores[f"linear_{fraction:.0%}" if fraction < 1 else "linear"] = linear_probe(
                 train_z[some], train[1][some], val_z, val[1], test_z, test[1])
-        scores |= dict(rankme=rankme(test_z), std=spread(test_z))
+        if dimensions:
+            scores |= dict(rankme=rankme(test_z), std=spread(test_z))
     return results
 
 
 def probe_table(results):
-    """The same as lines of text, an encoder in each."""
+    """What probe_encoders returns as lines of text, an encoder in each."""
     rows = [("", *next(iter(results.values())))]
     rows += [(name, *(f"{value:.4f}" for value in scores.values())) for name, scores in results.items()]
     return "\n".join("".join(f"{cell:>12}" for cell in row) for row in rows)
@@ -709,7 +714,7 @@ def make_shapes(n, seed):
 
 
 def balanced_subset(labels, fraction):
-    """Indices, ascending, of the first images of each class, a fraction of it: the data is in random order as it is."""
+    """Indices, ascending, of the first images of each class, a fraction of the class: the data is in random order."""
     classes = [(labels == k).nonzero().flatten() for k in labels.unique()]
     return torch.cat([k[:max(1, round(fraction * len(k)))] for k in classes]).sort().values
 
@@ -775,7 +780,7 @@ def download(url, path, checksum=None):
                 part.unlink()
             if have != total:
                 raise OSError(f"it ended after {have} of {total} bytes")
-        if not hashlib.new(kind, part.read_bytes()).hexdigest().startswith(digits):
+        if digits and not hashlib.new(kind, part.read_bytes()).hexdigest().startswith(digits):
             part.unlink()
             raise UserError(f"{url} is not the published file, its {kind} differs: deleted, try again")
         os.replace(part, path)
@@ -793,7 +798,8 @@ def write_atomic(path, *content):
                 os.fsync(file.fileno())
             os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a disk that can't be written has its own message above
+            temporary.unlink()
 
 
 def load_checkpoint(path):
@@ -804,22 +810,34 @@ def load_checkpoint(path):
     return saved
 
 
+def round_ticks(low, high):
+    """Some round numbers from low or just below to high or just above, 1, 2 or 5 · 10^n apart, two to seven."""
+    least = (high - low if high - low > 1e-9 * abs(high) else abs(high) or 1) / 5  # less is rounding
+    power = 10.0 ** math.floor(math.log10(least))
+    step = next(power * m for m in (1, 2, 5, 10) if power * m >= least)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    return [step * i for i in range(first, max(last, first + 1) + 1)]
+
+
 def curves_svg(path, series, x_label, y_label):
-    """A chart of {name: [(x, y), ...]}; the names stand in the corner in their lines' colours."""
-    (x0, x1), (y0, y1) = [(min(v), max(v)) for v in zip(*(p for line in series.values() for p in line))]
-    svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="-70 -30 640 400" font-family="sans-serif" font-size="12">'
-           '<rect x="-70" y="-30" width="640" height="400" fill="white"/>'
-           f'<text x="275" y="362" text-anchor="middle">{x_label}</text><text x="-62" y="-12">{y_label}</text>']
-    for i in range(6):
-        svg.append(f'<path d="M0 {320 - 64 * i}h550" stroke="#ddd"/>'
-                   f'<text x="-8" y="{320 - 64 * i}" text-anchor="end">{y0 + (y1 - y0) * i / 5:.3g}</text>'
-                   f'<text x="{110 * i}" y="340" text-anchor="middle">{x0 + (x1 - x0) * i / 5:.4g}</text>')
+    """A chart of {name: [(x, y), ...]}; the names stand beside it in their lines' colours."""
+    xs, ys = (round_ticks(min(v), max(v)) for v in zip(*(p for line in series.values() for p in line)))
+
+    def at(x, y):
+        return 550 * (x - xs[0]) / (xs[-1] - xs[0]), 320 * (ys[-1] - y) / (ys[-1] - ys[0])
+
+    svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="-70 -30 790 400" font-family="sans-serif" font-size="12">'
+           '<rect x="-70" y="-30" width="790" height="400" fill="white"/>'
+           f'<text x="275" y="362" text-anchor="middle">{x_label}</text><text x="-62" y="-14">{y_label}</text>']
+    for y in ys:
+        svg.append(f'<path d="M0 {at(0, y)[1]:.1f}h550" stroke="#ddd"/>'
+                   f'<text x="-8" y="{at(0, y)[1] + 4:.1f}" text-anchor="end">{y:.6g}</text>')
+    svg += [f'<text x="{at(x, 0)[0]:.1f}" y="340" text-anchor="middle">{x:.6g}</text>' for x in xs]
     for i, (name, line) in enumerate(series.items()):
         colour = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")[i % 6]
-        points = " ".join(f"{550 * (x - x0) / (x1 - x0 or 1):.1f},{320 * (y1 - y) / (y1 - y0 or 1):.1f}"
-                          for x, y in line)
+        points = " ".join("{:.1f},{:.1f}".format(*at(x, y)) for x, y in line)
         svg.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
-                   f'<text x="540" y="{20 + 16 * i}" text-anchor="end" fill="{colour}">{name}</text>')
+                   f'<text x="560" y="{20 + 16 * i}" fill="{colour}">{name}</text>')
     write_atomic(path, "\n".join([*svg, "</svg>"]).encode())
 
 
@@ -875,16 +893,19 @@ def about_pictures(model):
 
 
 def reconstruct(c):
-    """--reconstruct: a picture, or an image of each class, as a trained network rebuilds it from a part."""
+    """--reconstruct, on the CPU in fp32: a picture, or an image of each class, as a trained network rebuilds it from a
+    part."""
+    if c.picture:
+        with one_line("--picture needs pillow: pip install pillow"):
+            from PIL import Image, ImageOps
     model = MAE.from_pretrained(c.reconstruct, c.data_dir)
     if model.fresh_decoder:
         raise UserError(f"--reconstruct {c.reconstruct}: an encoder without its decoder; try mae_visualize_vit_base")
     if c.picture:
         size = model.settings["image_size"]
-        with one_line("--picture needs pillow: pip install pillow"):
-            from PIL import Image, ImageOps
         with one_line(f"--picture {c.picture} can't be read"):
-            image = ImageOps.fit(Image.open(c.picture).convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+            image = ImageOps.exif_transpose(Image.open(c.picture)).convert("RGB")  # a photo may lie on its side
+            image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
         images = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]  # (1, 3, S, S)
     else:
         _, (images, labels), _, _ = load_images(c)
@@ -924,6 +945,8 @@ def load_mae(c):
     if not c.init:
         return MAE(32, norm_pix_loss=c.norm_pix_loss, **{name: getattr(c, name) for name in names})
     model = MAE.from_pretrained(c.init, norm_pix_loss=c.norm_pix_loss)
+    if model.fresh_decoder:
+        raise UserError(f"--init {c.init}: an encoder without its decoder; want a checkpoint of this script")
     for name in names:  # c then says what the model is
         value, default, has = getattr(c, name), getattr(Config, name), model.settings[name]
         if value not in (default, has):
@@ -933,6 +956,7 @@ def load_mae(c):
         raise UserError(f"{c.init} is for images of {model.settings['image_size']} pixels, want 32")
     if c.pool == "cls" and not model.first:
         raise UserError(f"--pool cls, but {c.init} has no class token")
+    kept_patches(model.grid**2, c.mask_ratio)  # Config knew only the flags' own patch_size
     return model
 
 
@@ -964,7 +988,7 @@ class RunFolder:
                 file.write(json.dumps(self.rows[-1]) + "\n")
 
     def draw(self, y_label, **keys):
-        """curves.svg, a line for each of names=key that rows have."""
+        """curves.svg: for each name=key of which rows have the key, a line called name."""
         lines = {name: [(row["step"], row[key]) for row in self.rows if key in row] for name, key in keys.items()}
         if self.writes and any(lines.values()):
             curves_svg(self.out / "curves.svg", {k: v for k, v in lines.items() if v}, "step", y_label)
@@ -983,7 +1007,8 @@ def train(c, interrupts=()):
     device, dtype, autocast = pick_device(c.device, c.dtype, "avx512_bf16")
     if world > 1:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if rank > 0:  # the first rank may have to download
+    local = int(os.environ.get("LOCAL_RANK", rank))
+    if local > 0:  # a machine's first rank may have to download
         torch.distributed.barrier()
     splits = load_images(dataclasses.replace(c, full_train=False))[:3]
     saved = load_checkpoint(f"{c.out}/ckpt.pt") if c.resume else None
@@ -991,7 +1016,7 @@ def train(c, interrupts=()):
     raw = load_mae(c).to(device)
     torch.manual_seed(c.seed)
     fresh = MAE(**raw.settings).to(device)  # as the network was before it had learned anything
-    if rank == 0 and world > 1:
+    if local == 0 and world > 1:
         torch.distributed.barrier()
     train_split, val, test = [[t.to(device) for t in split] for split in splits]  # uint8, all on the device
     images = torch.cat((train_split[0], val[0])) if c.full_train else train_split[0]
@@ -1007,15 +1032,16 @@ def train(c, interrupts=()):
     per_epoch = max(1, len(images) // batch)
     steps = c.steps or math.ceil(c.epochs * per_epoch)
     run = RunFolder(c, saved, writes=rank == 0)
-    yardsticks = dict(random_init=lambda x: fresh.features(x, c.pool), pixels=lambda x: x.flatten(1))
-    few = [t[:c.probe_images] for t in train_split]
-    beside = probe_encoders(yardsticks, raw.stats, few, val, val, (1.0,), autocast)
-    beside = {f"{key}_{name}": scores[key] for name, scores in beside.items() for key in ("knn", "linear")}
     if rank == 0:
         print(" ".join(f"{name}={value!r}" for name, value in dataclasses.asdict(c).items()))
         print(f"{sum(p.numel() for p in raw.parameters()):,} parameters | {len(images):,} images to train on | "
               f"{steps} steps of {batch} | {device} {dtype}\nfeatures: "
-              f"{'the class token' if c.pool == 'cls' else 'mean of the patches'} | sheet: {about_pictures(raw)}")
+              f"{'the class token' if c.pool == 'cls' else 'mean of the patches'} | sheet: {about_pictures(raw)}",
+              flush=True)
+    yardsticks = dict(random_init=lambda x: fresh.features(x, c.pool), pixels=lambda x: x.flatten(1))
+    few = [t[:c.probe_images] for t in train_split]
+    beside = probe_encoders(yardsticks, raw.stats, few, val, val, (1.0,), autocast, dimensions=False)
+    beside = {f"{key}_{name}": scores[key] for name, scores in beside.items() for key in ("knn", "linear")}
 
     def save(name):
         settings, weights = raw.settings, raw.state_dict()
@@ -1110,6 +1136,8 @@ def pick_device(name, dtype, units="amx_bf16"):
     with one_line(f"--device {name} is not here"):
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
         torch.zeros(1, device=device).item()
+    if device.type == "mps" and int(os.environ.get("WORLD_SIZE", 1)) > 1:  # gloo can't move its tensors
+        raise UserError("several processes can't share work on mps: add --device cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where fp32 is left
@@ -1173,6 +1201,9 @@ def main(argv=None):
         print(f"mae.py: {error}", file=sys.stderr)
         return error.status
     except (MemoryError, RuntimeError) as error:  # torch has a RuntimeError for it, on a CPU a plain one
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            print(f"mae.py: --compile failed, leave it out: {' '.join(str(error).split())[:200]}", file=sys.stderr)
+            return 1
         if isinstance(error, RuntimeError) and not re.search("(out of|allocate|enough) memory", str(error)):
             raise
         print(f"mae.py: out of memory ({' '.join(str(error).split())[:200]}): lower --batch_size", file=sys.stderr)

@@ -4,13 +4,13 @@
 # ///
 """Tensor puzzles: build a tensor library from arange and where, then train a network with it, without autograd.
 
-Each puzzle is one line. The first 21, Sasha Rush's Tensor Puzzles [1], need nothing but broadcasting; the second
+Each puzzle is one line. The first 21, Sasha Rush's Tensor Puzzles [1], are about broadcasting; the second
 family is the indexing that the other scripts here are made of (masks, patches, heads, rotary positions); the third
 works out backward passes, and "train" trains a network with them alone. Answers go into my_puzzles.py.
 
     python puzzles.py               the board: what is solved, what is next
     python puzzles.py start         write my_puzzles.py, with a stub for each puzzle (never over an old one)
-    python puzzles.py show outer    statement, meaning in plain Python, and an example; a number will do too: show 3
+    python puzzles.py show outer    statement, meaning in Python (from 37 on in torch) and an example; or: show 3
     python puzzles.py check outer   your answer against 500 cases, small ones first; without a name: all your answers
     python puzzles.py hint outer    the next of three hints; then: reveal outer
     python puzzles.py draw outer    the example as outer.svg: inputs, output, and where each output cell came from
@@ -19,15 +19,15 @@ works out backward passes, and "train" trains a network with them alone. Answers
 
 A line may use arange(n), where(condition, a, b), + - * / // % ** @, comparisons, & | ~, indexing, .shape and the
 puzzles before it; from rowsum on also exp, log, erf, rowmax (largest of each row, a column), pi and .mT (transpose).
-It runs in a process of its own, with a limit on time and memory, where earlier puzzles are ours. Of shapes, (i, j) is
-i rows of j cells. Exit status: 0 right, 1 wrong or not answered, 2 can't be read.
+It runs in a process of its own, limited in time and (on Linux) memory, where earlier puzzles are ours. A statement
+begins with the answer's shape; (i, j) is i rows of j cells. Exit status: 0 right, 1 wrong or missing, 2 can't be read.
 
 What to expect (torch 2.13.0, two cores of an AMD EPYC, seed 0, n = 1; log in assets/logs/puzzles/): train takes 20 s
 and ends with a test accuracy of 0.92 (a linear classifier: 0.38); selftest 10 to 13 s, a check 0.1 to 1.5 s.
 Differs from [1]: repeat's d is an int. [1] Rush 2022, Tensor Puzzles, github.com/srush/Tensor-Puzzles
 """
 
-import argparse, ast, colorsys, contextlib, dataclasses, functools, html, inspect, itertools, json, math
+import argparse, ast, colorsys, contextlib, dataclasses, functools, inspect, itertools, json, math
 import multiprocessing, os, random, re, signal, sys, textwrap, time, typing
 from pathlib import Path
 
@@ -116,8 +116,8 @@ flip = one("flip(a, i)", "a(i) i", "[a[i - 1 - k] for k in range(i)]", "a[i - 1 
     (i,): a (i,) backwards. | Output 0: from place i - 1. | Output k: k places before. | i - 1 - arange(i).""")
 compress = one("compress(g, v, i)", "g?(i) v(i) i", "[x for keep, x in zip(g, v) if keep] + [0] * (i - sum(g))",
     "where(g, v, 0) @ where(cumsum(1 * g)[:, None] == arange(i) + 1, 1, 0)", """
-    (i,): the elements of v (i,) where g (i,) is true, in order from the left; then zeros. | A kept value goes to the
-    place that says how many are kept before it. | cumsum(1 * g) counts the kept ones up to and with each place. | A
+    (i,): the elements of v (i,) where g (i,) is true, in order from the left; then zeros. | A kept value's new
+    place is the number of values kept before it. | cumsum(1 * g) counts the kept ones up to and with each place. | A
     matrix of zeros and ones sends row r to column c; those not kept count as 0.""")
 pad_to = one("pad_to(a, i, j)", "a(i) i j", "[a[k] if k < i else 0 for k in range(j)]",
     "where(arange(j) < i, a[arange(j) % i], 0)", """
@@ -197,7 +197,7 @@ unpatchify = two("unpatchify(p, h, w, P)", "p(h*w,P*P) h w P",
 split_heads = two("split_heads(x, H, D)", "x(B,T,H*D) H D",
     "[[[token[h * D:h * D + D] for token in tokens] for h in range(H)] for tokens in x]",
     "x[:, arange(x.shape[1])[:, None], grid(H, D)[:, None]]", """
-    (B, H, T, D): the columns of x (B, T, H * D) shared by H heads. | Head h has the columns in row h of grid(H, D). |
+    (B, H, T, D): the columns of x (B, T, H * D) cut into H heads. | Head h has the columns in row h of grid(H, D). |
     A colon keeps the batch; tokens (T, 1) and columns broadcast to (H, T, D). | Columns: grid(H, D)[:, None].""")
 merge_heads = two("merge_heads(x, H, D)", "x(B,H,T,D) H D",
     "[[[heads[h][t][c] for h in range(H) for c in range(D)] for t in range(len(heads[0]))] for heads in x]",
@@ -221,16 +221,15 @@ rotate_half = two("rotate_half(x, D)", "x.(T,2*h) D=2*h", "[[-y for y in row[D /
     "where(arange(D) < D // 2, -1, 1) * x[:, (arange(D) + D // 2) % D]", """
     (T, D): the halves of each row of x (T, D) exchanged, the new first one negated; D is even. | roll, but by half a
     row. | The columns come from (arange(D) + D // 2) % D. | A row of -1 and 1 sets the signs.""")
-rope = two("rope(x, cos, sin, D)", "x.(T,2*h) cos.(T,2*h) sin.(T,2*h) D=2*h",
+rope = two("rope(x, cos, sin, D)", "x.(T,2*h) c.(T,h) s.(T,h) cos=c.repeat(1,2) sin=s.repeat(1,2) D=2*h",
     "[[r[k] * c[k] + (r[k - D // 2] if k >= D // 2 else -r[k + D // 2]) * s[k] for k in range(D)] for "
     "r, c, s in zip(x, cos, sin)]", "x * cos + rotate_half(x, D) * sin", """
     (T, D): rotary positions: each pair x[t][k], x[t][k + D / 2] is turned by an angle, of which cos and sin (T, D)
-    hold cosine and sine, twice in a row. | A turn of the pair (a, b) gives (a cos - b sin, b cos + a sin). | a and b
-    stand half a row apart. | rotate_half brings -b to a's place and a to b's.""")
+    hold cosine and sine, the same in both halves of a row. | (a, b) turned is (a cos - b sin, b cos + a sin). | a and
+    b stand half a row apart. | rotate_half brings -b to a's place and a to b's.""")
 
 # ---- three: backward by hand ---------------------------------------------------------------------------------------
-# d is always the gradient that arrives: of the loss, with respect to what the forward pass gave; rows are samples;
-# specs read tensors of doubles
+# d is always the gradient that arrives: the loss's, for what the forward pass gave; rows are samples, specs get doubles
 rowsum = three("rowsum(x)", "x.(B,n)", "x.sum(1, keepdim=True)", "x @ (0 * x[0] + 1)[:, None]", """
     (B, 1): the sum of each row of x (B, n). | x @ a column of ones. | ones(n) is of integers, and @ wants one dtype:
     make floats, as x has. | 0 * x[0] + 1 is a row of ones of x's dtype.""")
@@ -240,18 +239,18 @@ linear = three("linear(x, w, b)", "x.(B,n) w.(n,m) b.(m)", "F.linear(x, w.mT, b)
     (B, m): y = x w + b, from x (B, n), w (n, m), b (m,). | @ does all rows. | b broadcasts. | x @ w, plus b.""")
 linear_backward = three("linear_backward(d, x, w)", "d.(B,m) x.(B,n) w.(n,m)",
     "gradients(lambda x, w, b: x @ w + b, d, x, w, torch.zeros_like(d[0]))", "d @ w.mT, x.mT @ d, colsum(d)", """
-    Gradients (B, n), (n, m), (m,) of linear's x, w and b; d is (B, m). | One cell: y_rc = Σ_k x_rk w_kc + b_c. So
-    x_rk gets w_kc d_rc from each column c: Σ_c d_rc w_kc. | A sum over the common letter c is a product of matrices:
-    d wᵀ. In the same way w_kc gets Σ_r x_rk d_rc. | That is xᵀ d; and b_c, which all rows share, gets Σ_r d_rc.""")
+    The loss's gradients (B, n), (n, m), (m,) for linear's x, w, b; d (B, m) is that for its y. | y_rc = Σ_k x_rk w_kc
+    + b_c. So x_rk gets w_kc d_rc from each column c: Σ_c d_rc w_kc. | A sum over the common letter c is a matrix
+    product: d wᵀ. Likewise w_kc gets Σ_r x_rk d_rc. | That is xᵀ d; and b_c, which all rows share, gets Σ_r d_rc.""")
 add_backward = three("add_backward(d)", "d.(B,m)",
     "gradients(lambda x, b: x + b, d, torch.zeros_like(d), torch.zeros_like(d[0]))", "d, colsum(d)", """
     Gradients (B, m), (m,) of x (B, m) and b (m,), where y = x + b; d is (B, m). | y_rc = x_rc + b_c: both have slope
     1. | x_rc is in one cell of y, b_c in B of them. | What broadcasts forward is summed backward.""")
 relu_backward = three("relu_backward(d, x)", "d.(B,n) x.(B,n)", "gradients(F.relu, d, x)", "where(x > 0, d, 0)", """
-    Gradient (B, n) of x, where y = relu(x). | relu has slope 1, or 0. | Slope times d. | d passes where x > 0.""")
+    Gradient (B, n) of x, where y = relu(x) = max(x, 0). | Its slope is 1, or 0. | Slope times d. | d where x > 0.""")
 gelu = three("gelu(x)", "x.(B,n)", "F.gelu(x)", "x * (1 + erf(x / 2 ** 0.5)) / 2", """
-    (B, n): x Φ(x), where Φ(x) is the probability that a standard normal variable is below x. | The normal
-    distribution lies below x with Φ(x) = (1 + erf(x / √2)) / 2. | √2 is 2 ** 0.5. | x times Φ(x).""")
+    (B, n): x Φ(x), where Φ(x) is the probability that a standard normal variable is below x. | Φ(x) =
+    (1 + erf(x / √2)) / 2. | √2 is 2 ** 0.5. | x times Φ(x).""")
 gelu_backward = three("gelu_backward(d, x)", "d.(B,n) x.(B,n)", "gradients(F.gelu, d, x)",
     "d * ((1 + erf(x / 2 ** 0.5)) / 2 + x * exp(-x * x / 2) / (2 * pi) ** 0.5)", """
     Gradient (B, n) of gelu's x. | (x Φ)' = Φ + x Φ'. | Φ' is φ(x) = exp(-x² / 2) / √(2π). | d * (Φ + x φ).""")
@@ -264,12 +263,12 @@ logsumexp_backward = three("logsumexp_backward(d, x)", "d.(B,1) x~(B,n)",
     Gradient (B, n) of logsumexp's x; d is (B, 1). | (log s)' = s' / s, where s = Σ_k exp(x_k). | ∂s / ∂x_c =
     exp(x_c), so the slope is exp(x_c) / s. | exp(x) / s = exp(x - log s), which can't overflow.""")
 softmax = three("softmax(x)", "x~(B,n)", "x.softmax(1)", "exp(x - logsumexp(x))", """
-    (B, n): exp(x) over its sum, each row of x (B, n). | Divide by Σ exp(x_k). | Subtract its log. | exp(x - …).""")
+    (B, n): exp(x) over its sum, each row of x (B, n), large too. | Over Σ exp(x_k). | Less its log. | exp(x - …).""")
 softmax_backward = three("softmax_backward(d, y)", "d.(B,n) y%(B,n)", "gradients(lambda x: x.softmax(1), d, y.log())",
     "y * (d - rowsum(d * y))", """
     Gradient (B, n) of softmax's x, given y = softmax(x), which the forward pass has kept; d is (B, n). | y_c =
-    exp(x_c - l), l = logsumexp(x): ∂y_c / ∂x_k = y_c ([c = k] - y_k). | Sum over c: x_k gets Σ_c d_c y_c ([c = k] -
-    y_k) = d_k y_k - y_k Σ_c d_c y_c. | Take y out: y * (d - a sum of each row).""")
+    exp(x_c - l), l = logsumexp(x): ∂y_c / ∂x_k = y_c ([c = k] - y_k), [c = k] 1 if so, else 0. | Sum over c: x_k gets
+    Σ_c d_c y_c ([c = k] - y_k) = d_k y_k - y_k Σ_c d_c y_c. | Take y out: y * (d - a sum of each row).""")
 cross_entropy = three("cross_entropy(x, y)", "x~(B,n) y<n(B)", "F.cross_entropy(x, y).reshape(1)",
     "colsum(logsumexp(x) - x[arange(x.shape[0]), y][:, None]) / x.shape[0]", """
     (1,): mean over the rows of -log softmax(x)[y], from logits x (B, n) and classes y (B,). | -log of softmax(x)[y]
@@ -360,7 +359,7 @@ def parse_inputs(p):
 def cases(p):
     """[(sizes, draw)]: all combinations of sizes up to some limit, small ones first; a few draws of each."""
     parts, letters = parse_inputs(p)
-    bare = not any(text for _, _, text in parts)  # sizes alone: only one letter's are drawn again, to no avail
+    bare = not any(text for _, _, text in parts)  # only sizes: one letter's 50 cases are repeated, unchanged
     limit = {1: 50, 2: 23}[len(letters)] if bare else {1: 10, 2: 6, 3: 4}.get(len(letters), 3)
     sizes = sorted(itertools.product(range(1, limit + 1), repeat=len(letters)), key=lambda s: (math.prod(s), s))
     return [(dict(zip(letters, s)), draw) for s in sizes for draw in range(math.ceil(CASES / len(sizes)))]
@@ -407,10 +406,11 @@ def outputs_of(function, args):
 
 def compare(got, want):
     """What is wrong, and in which output, ("shape", 0) say: what is best mended first comes first. None: nothing."""
-    if len(got) != len(want) or not all(isinstance(g, torch.Tensor) for g in got):
+    if len(got) != len(want):
         return "type", 0
     for i, (g, w) in enumerate(zip(got, want)):
-        what = "shape" if g.shape != w.shape else "dtype" if g.dtype != w.dtype else "value"
+        what = ("type" if not isinstance(g, torch.Tensor) else "shape" if g.shape != w.shape else
+                "dtype" if g.dtype != w.dtype else "value")
         if what != "value" or wrong_cells(g, w).any():
             return what, i
 
@@ -465,28 +465,28 @@ def read_answers(path="my_puzzles.py"):
     with one_line(f"{path} can't be read"):
         if Path(path).stat().st_size > 1e6:
             raise UserError(f"{path} has over a megabyte: nothing in it was read")
-        text = Path(path).read_bytes().decode()
-        lines = text.split("\n")
+        text = Path(path).read_bytes().decode("utf-8-sig")
+        lines = re.split("\r\n?|\n", text)  # as Python counts them
         if long := [n for n, line in enumerate(lines, 1) if len(line) > 400]:
             raise UserError(f"{path}, line {long[0]}: longer than 400 characters, an answer takes 80")
         body, answers = ast.parse(text).body, {}
-    if not body:
-        raise UserError(f"{path} is empty: delete it, then python puzzles.py start writes a new one")
-    for node in body:
-        if not isinstance(node, ast.FunctionDef) or node.name not in PUZZLES:
-            raise UserError(f"{path}, line {node.lineno}: want nothing but the puzzles' functions")
-        p, last = PUZZLES[node.name], node.body[-1]
-        plain = not node.decorator_list and ast.unparse(node.args) == ", ".join(p.params)
-        if not plain or len(node.body) > 1 or not isinstance(last, ast.Return) or last.value is None:
-            fault = node, f"want def {p.name}({', '.join(p.params)}): and one line, return and an expression"
-        elif isinstance(last.value, ast.Constant) and last.value.value is ...:
-            continue
-        else:
-            fault = broken_rule(p, last.value)
-        answers[p.name] = None if fault else ast.unparse(last.value), None
-        if fault:
-            before = lines[fault[0].lineno - 1].encode()[:fault[0].col_offset].decode()  # Python counts bytes
-            answers[p.name] = None, f"line {fault[0].lineno}, column {len(before) + 1}: {fault[1]}"
+        if not body:
+            raise UserError(f"{path} is empty: delete it, then python puzzles.py start writes a new one")
+        for node in body:
+            if not isinstance(node, ast.FunctionDef) or node.name not in PUZZLES:
+                raise UserError(f"{path}, line {node.lineno}: want nothing but the puzzles' functions")
+            p, last = PUZZLES[node.name], node.body[-1]
+            plain = not node.decorator_list and ast.unparse(node.args) == ", ".join(p.params)
+            if not plain or len(node.body) > 1 or not isinstance(last, ast.Return) or last.value is None:
+                fault = node, f"want def {p.name}({', '.join(p.params)}): and one line, return and an expression"
+            elif isinstance(last.value, ast.Constant) and last.value.value is ...:
+                continue
+            else:
+                fault = broken_rule(p, last.value)
+            answers[p.name] = None if fault else ast.unparse(last.value), None
+            if fault:
+                before = lines[fault[0].lineno - 1].encode()[:fault[0].col_offset].decode()  # Python counts bytes
+                answers[p.name] = None, f"line {fault[0].lineno}, column {len(before) + 1}: {fault[1]}"
     return answers
 
 def judge_lines(lines, pipe):
@@ -496,8 +496,7 @@ def judge_lines(lines, pipe):
     if resource and os.path.exists("/proc/self/statm"):
         limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + MEMORY * 2**20
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    for name, line in lines.items():
-        p, found = PUZZLES[name], None
+    for p, line in [(PUZZLES[name], line) for name, line in lines.items()]:
         if resource:
             limit = math.ceil(time.process_time()) + SECONDS
             resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.getrlimit(resource.RLIMIT_CPU)[1]))
@@ -510,7 +509,7 @@ def judge_lines(lines, pipe):
             found["got"] = [repr(t)[:80] if not isinstance(t, torch.Tensor) else
                             f"a tensor of shape {tuple(t.shape)}" if t.numel() > 10000 or t.numel() == 0 else
                             (t.tolist(), t.dtype) for t in found["got"]]
-        pipe.send((name, found))
+        pipe.send((p.name, found))
 
 def judge(answers):
     """{name: None or what is wrong with it} for the answers; a line that takes the child down costs only itself. The
@@ -534,7 +533,7 @@ def judge(answers):
             child.join()
         if left:
             name = next(iter(left))
-            found[name] = dict(case=0, error=f"stopped: over {SECONDS} seconds, or more memory than there is")
+            found[name] = dict(error=f"stopped: over {SECONDS} seconds, or more memory than there is")
             del left[name]
     return {name: found[name] for name in answers}
 
@@ -590,14 +589,14 @@ def likely(got, want):
 def explain(p, found):
     """Print what is wrong with an answer: the case, wanted, got, the wrong cells, and what it looks like."""
     title, args = paint(f"✗ {p.number}. {p.name}", 31), draw_inputs(p, *cases(p)[found.get("case", 0)])
-    if "rule" in found:
-        return print(f"{title}: {found['rule']}")
+    if "case" not in found:
+        return print(f"{title}: {found.get('rule') or found['error']}")
     want, got, i = wanted(p, args), found.get("got"), found.get("output", 0)
     print(f"{title}: case {found['case'] + 1} of {len(cases(p))} " +
           (f"can't be computed: {found['error']}" if "error" in found else f"has a wrong {found['what']}"))
     print("\n".join(map(show_value, p.params, args)))
     print(show_value(f"wanted, output {i + 1} of {len(want)}" if len(want) > 1 else "wanted", want[i]))
-    if got and (len(got) != len(want) or isinstance(got[i], str)):
+    if got is not None and (len(got) != len(want) or isinstance(got[i], str)):
         print(f"got {len(got)} outputs" if len(got) != len(want) else f"got {got[i]}")
     elif got:
         got = torch.tensor(got[i][0], dtype=got[i][1])
@@ -669,7 +668,7 @@ def used_help(name=None, used=None):
     path, help = Path("my_puzzles.json"), {}
     with one_line(f"{path} can't be read: delete it, only the count of hints is lost"):
         if path.exists():
-            help = {find(k).name: v if v == "revealed" else int(v) for k, v in json.loads(path.read_bytes()).items()}
+            help = {PUZZLES[k].name: v if v == "revealed" else int(v) for k, v in json.loads(path.read_bytes()).items()}
     if name and help.get(name) != "revealed":
         help[name] = used
         write_atomic(path, json.dumps(help).encode())
@@ -684,7 +683,7 @@ def board():
         print(f"{title}: {len([p for p in ours if found.get(p.name, 1) is None])} of {len(ours)}")
         for p in ours:
             mark, colour = ("·", 90) if p.name not in found else ("✗", 31) if found[p.name] else ("✓", 32)
-            note = str(help.get(p.name, "")) + " hints" * isinstance(help.get(p.name), int)
+            note = "hints: " * isinstance(help.get(p.name), int) + str(help.get(p.name, ""))
             cells.append(paint(mark, colour) + f" {p.number:2} {p.name:23}" + paint(f"{note:9}", 90))
         print("\n".join("  " + "".join(cells[i:i + 3]).rstrip() for i in range(0, len(cells), 3)))
     left = [name for name in PUZZLES if found.get(name, 1)]
@@ -744,9 +743,10 @@ class Config:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            low, most = name in ("momentum", "seed"), {"momentum": 1 - 1e-9, "seed": 2**40}.get(name, sys.maxsize)
+            low, most = name in ("momentum", "seed"), dict(momentum=0.999, seed=2**40, lr=1e18).get(name, 2**20)
             if value == "" or type(value) in (int, float) and not (0 < value <= most or value == 0 and low):
-                raise UserError(f"--{name} {value!r}: want {'0' if low else 'above 0'} to {most}, or some text")
+                want = "some text" if value == "" else f"{'' if low else 'above '}0 to {most}"
+                raise UserError(f"--{name} {value!r}: want {want}")
 
 # Shapes of about unit size: distance of (u, v) to the edge, negative inside; r: to the centre, box: to a square.
 SHAPES = dict(
@@ -847,7 +847,7 @@ def train(c, interrupts=()):
             file.write(json.dumps(rows[-1]) + "\n")
     def save(name):
         if not all(p.isfinite().all() for p in w.values()):
-            raise UserError(f"a weight is infinite at step {state['step']}: lower --lr; {out} keeps the last one", 1)
+            raise UserError(f"infinite weight at step {state['step']}: lower --lr; {out} keeps the last checkpoint", 1)
         write_atomic(out / name, dict(state, config=dataclasses.asdict(c)))
     (x, y), val, test = make_shapes(20000, 1), make_shapes(1000, 2), make_shapes(2000, 3)
     end, first, losses, clock = min(c.steps, c.stop_at or c.steps), state["step"], [], time.perf_counter()
@@ -902,13 +902,13 @@ def one_line(message, status=2):
     except Exception as error:
         raise UserError(" ".join(f"{message} ({type(error).__name__}: {error})".split())[:400], status) from error
 
-def write_atomic(path, *content):
+def write_atomic(path, content):
     """Write bytes, or a checkpoint's dict, under another name, then rename: path holds the old content or the new."""
     temporary = Path(f"{path}.tmp")
     try:
         with one_line(f"can't write {path}, what was there is kept", status=1):
             with open(temporary, "wb") as file:
-                torch.save(content[0], file) if isinstance(content[0], dict) else file.writelines(content)
+                torch.save(content, file) if isinstance(content, dict) else file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)

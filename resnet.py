@@ -13,30 +13,31 @@ the block F, its width, and how many of them stand in a stage: here each is one 
     python resnet.py --data cifar10 --figure6           # plain and residual, 20 and 56 layers: [1] Figure 6
     python resnet.py --data cifar10 --landscape out/resnet/figure6/plain56/ckpt.pt,out/resnet/figure6/resnet56/ckpt.pt
     python resnet.py --data cifar10 --arch fast --optimizer muon --schedule linear --batch_size 2000 --epochs 12 \\
-        --flip alternate --crop 3 --label_smoothing 0.2 --full_train        # much accuracy per FLOP
+        --flip alternate --crop 3 --label_smoothing 0.2 --full_train        # high accuracy per FLOP
     python resnet.py --data cifar10 --init resnet18 --image_size 128 --lr 0.02 --backbone_lr 0.1 --epochs 3
-    python resnet.py --resume --save_logits logits.npy  # a finished run goes on, here only to its end
+    python resnet.py --resume --save_logits logits.npy  # of a finished run: its test again, logits for vit.py --teacher
     torchrun --nproc_per_node=8 resnet.py --data cifar10 --arch wrn28-10 --epochs 200 --weight_decay 5e-4 --compile
 
-and in Python: model = from_pretrained("out/resnet/best.pt").eval(), model(normalise(images, model.stats)).
+and in Python: model = from_pretrained("out/resnet/best.pt").eval(); logits = model(normalise(images, model.stats))
 
 What to expect (torch 2.13.0, two cores of an AMD EPYC, seed 0, n = 1; logs in assets/logs/resnet/):
-- python resnet.py, fp32: test accuracy 96.5% on shapes, in 118 s, 94 of them training (a linear classifier: below 35%)
-- --arch fast, the command above, all 50,000 images of a JPEG copy of CIFAR-10 (on which accuracies are about three
-  points lower than on the original): test accuracy 90.20%, 91.63% averaged over six views, for 0.578 PFLOP (6 × MACs ×
+- python resnet.py, fp32: test accuracy 96.5% on shapes, in 118 s, 94 of them training (a linear probe of pixels: 17%)
+- --arch fast, the command above, all 50,000 images of a JPEG copy of CIFAR-10 (which costs some accuracy): test
+  accuracy 90.20%, 91.63% averaged over six views, for 0.578 PFLOP (10^15 operations: 6 × multiply-adds (MACs) ×
   images), 59 minutes on one of two cores in bfloat16. Two convolutions to a block (118 million MACs), 16 epochs and
-  --crop 4 on 45,000 images: 89.14% and 90.23% for 0.499 PFLOP; three, 8 epochs, --crop 2: 89.45% and 90.50% for 0.386
-- A training step of resnet18 with the CIFAR stem, batch 64, bfloat16 by AVX-512: 2.08 times as fast as the same network
-  in plain fp32 eager, compiled 2.20; augmentation is 0.3% of it: python tests.py BenchResNet.speed. On cores without
-  bfloat16 units (fp32): 1.09 and 1.14
-- Official weights: checked once by hand, all eight networks gave torchvision's own outputs on the same random weights
+  --crop 4 on 45,000 images: 89.14% and 90.23% for 0.499 PFLOP; three, 8 epochs, --crop 2, all 50,000: 89.45% and
+  90.50% for 0.386
+- A training step of resnet18 with a 3×3 first layer (CIFAR's stem), batch 64, bfloat16 by AVX-512: 2.08 times as fast
+  as the same network in plain fp32 eager, compiled 2.20; augmentation is 0.3% of it: python tests.py
+  BenchResNet.speed. On cores without bfloat16 units (fp32): 1.09 and 1.14
+- Against torchvision, once, by hand: all eight official networks gave its outputs on the same random weights
 - Figure 6 on the copy, four epochs (--epochs 4 --batch_size 64 --lr 0.05), test accuracy: plain 71.3% with 20 layers,
   39.9% with 56; residual 76.8% and 72.8%. The shortcut mends most of what depth breaks, on training images too; that
   the deeper residual network gets ahead of the shallower one takes more epochs: not yet measured
 - The landscape of those two deep networks, 13 × 13 points, 3.2 minutes on one core (assets/resnet_landscape.svg): the
-  median loss on its edge is 4,652 around the plain one, 40 around the residual one
+  median loss on its edge is 2,337 around the plain one, 37 around the residual one
 - Each --norm on shapes, 15,360 images: batches of 256, the best of three rates, test accuracy: batch .466, layer .145,
-  none .111; batches of 2, one rate: .240, .248, .287. What batch norm gains is gone: BenchResNet.norms
+  none .111; batches of 2, one rate for all: .240, .248, .287: BenchResNet.norms
 - On a GPU: not yet measured
 
 Differs from [1]: Nesterov momentum, cosine instead of steps (÷10 after 32,000 and 48,000), decay on weights only, crops
@@ -81,18 +82,18 @@ class Config:
     # data
     data: str = "shapes"  # shapes (drawn by this script), cifar10, or a folder that holds cifar-10-batches-bin/
     data_dir: str = "data"  # where downloads land
-    labels: float = 1.0  # fraction of the training images that is used, the same of each class
+    labels: float = 1.0  # fraction of the training images that is used, of each class alike
     full_train: bool = False  # train on the validation images too: for a last run, when all choices are made
     flip: str = "random"  # none, random, or alternate: each image in every second epoch, half of them in each [10]
     crop: int = 4  # pixels by which an image is shifted at most, its border reflected ([1] §4.2 pads with zeros)
     image_size: int = 0  # pixels to which images are resized on the device; 0: as they are
     # model
-    arch: str = "resnet20"  # resnet20 to resnet152, resnext50_32x4d, wide_resnet50_2, regnet_x_400mf, wrn28-10, fast
+    arch: str = "resnet20"  # [1] §4.2: resnet20, 32, 44, 56, 110; ImageNet's: resnet18, 34, 50, 101, 152; see ARCHS
     init: str | None = None  # start from resnet50 or another of torchvision's, its .pth file, or this script's .pt
     plain: bool = False  # leave the shortcuts out
     norm: str = "batch"  # batch, layer (over channels and positions of an image) or none
     weight_init: str = "kaiming"  # kaiming [2], or xavier, which halves the variance at each ReLU
-    drop_path: float = 0.0  # probability that the last block's branch is left out, rising linearly with depth [6]
+    drop_path: float = 0.0  # probability that the last block's branch is left out, to which it rises with depth [6]
     drop_block: float = 0.0  # fraction dropped, in squares, from each block's output in the last two stages [7]
     freeze: bool = False  # train the last layer alone
     # optimiser
@@ -119,7 +120,7 @@ class Config:
     dtype: str = "auto"  # float32 or bfloat16; auto: bfloat16 where the hardware multiplies matrices in it
     compile: bool = False  # torch.compile: a wait at first (it needs a C++ compiler on a CPU), then faster steps
     # other things to do
-    save_logits: str | None = None  # .npy file for logits (N, 2, classes) of all training images and their mirrors
+    save_logits: str | None = None  # .npy file for logits (N, 2, classes) of training images and mirrors, a --teacher
     figure6: bool = False  # train plain and residual networks of 20 and 56 layers and draw their errors
     landscape: str | None = None  # checkpoints, comma-separated: draw the loss around each, side by side
     grid: int = 17  # points along each axis of the landscape
@@ -138,7 +139,7 @@ class Config:
             if value == "" or name in known and value not in known[name]:
                 raise UserError(f"--{name} {value!r}: want {' or '.join(known.get(name, ['some text']))}")
             if type(value) in (int, float) and not (0 < value <= most or value == 0 and name in may_be_0):
-                up_to = f" to {most}" if most < sys.maxsize else ""
+                up_to = ", below 1" if most == 1 - 1e-9 else f", at most {most}" if most < sys.maxsize else ""
                 raise UserError(f"--{name} {value}: want a number {'from' if name in may_be_0 else 'above'} 0{up_to}")
         if self.data not in ("shapes", "cifar10") and not (Path(self.data) / "cifar-10-batches-bin").is_dir():
             raise UserError(f"--data {self.data}: want shapes, cifar10, or a folder that holds cifar-10-batches-bin/")
@@ -154,10 +155,14 @@ class Config:
             "--plain leaves no shortcut to take when --drop_path leaves out a branch": self.plain and self.drop_path,
             "--figure6 trains four fresh networks: not with --resume, --init, --full_train or --save_logits":
                 self.figure6 and (self.resume or self.init or self.full_train or self.save_logits),
-            "--batch_size 1: batch norm needs two images": self.norm == "batch" and self.batch_size == 1,
+            "--figure6 chooses --arch and --plain itself": self.figure6 and (self.arch != Config.arch or self.plain),
+            "--figure6 trains one network after another: run it without torchrun":
+                self.figure6 and int(os.environ.get("WORLD_SIZE", 1)) > 1,
+            "--batch_size 1 with batch norm: one image has no statistics; want 2 or more, or --norm layer":
+                self.norm == "batch" and self.batch_size == 1,
             f"--image_size {self.image_size}: want 0 or 16 to 1024": 0 < self.image_size < 16,
             f"--grid {self.grid}: want an odd number from 3 (it has a centre)": self.grid < 3 or self.grid % 2 == 0,
-            f"--save_logits {self.save_logits}: want a name that ends in .npy, in a folder that is here":
+            f"--save_logits {self.save_logits}: want a name that ends in .npy, in a folder that exists":
                 logits.suffix != ".npy" or not logits.parent.is_dir()}
         for message, clash in clashes.items():
             if clash:
@@ -223,6 +228,7 @@ class ResidualBlock(nn.Module):
     """y = relu(F(x) + x), where F is the subclass's branch.
 
     downsample is what the shortcut does to x: nothing (nn.Identity) where shapes agree; None: no shortcut, relu(F(x)).
+    Subclasses pass their last three arguments on, as *addition.
     """
 
     def __init__(self, downsample, drop_path, drop_block):
@@ -274,7 +280,8 @@ class Bottleneck(ResidualBlock):
 
 
 class PreActBlock(ResidualBlock):
-    """Norm and ReLU before each convolution, nothing after the sum: the shortcut is never bent (Wide ResNet [3])."""
+    """Norm and ReLU before each convolution, nothing after the sum: where shapes agree the shortcut is x (Wide ResNet
+    [3])."""
 
     def __init__(self, C_in, C, stride, norm, *addition):
         super().__init__(*addition)
@@ -328,7 +335,8 @@ class ResNet(nn.Module):
                  weight_init="kaiming", drop_path=0.0, drop_block=0.0):
         super().__init__()
         self.stem, fast = stem, stem == "whiten"
-        self.stats = IMAGENET_STATS if stem in ("imagenet", "regnet") else CIFAR10_STATS  # of the images it wants
+        large = stem in ("imagenet", "regnet")
+        self.stats = IMAGENET_STATS if large else CIFAR10_STATS  # mean and std by which its images are normalised
         normed = functools.partial(make_norm, norm, momentum=0.4 if fast else 0.1)  # short run, short memory [10]
         size, stride = {"imagenet": (7, 2), "regnet": (3, 2)}.get(stem, (3, 1))
         self.conv1 = nn.Conv2d(3, stem_width, 2) if fast else conv(3, stem_width, size, stride)
@@ -350,7 +358,7 @@ class ResNet(nn.Module):
                     downsample = nn.Sequential(conv(C, width, 1, s), norm_or_not)
                 path = DropPath(drop_path * done / total)  # [6] eq. 4: the l-th of L blocks with probability p l / L
                 # differs from [7] §4.1: on each block's sum alone, p the same all the time
-                squares = DropBlock(drop_block if i > len(stages) - 2 else 0.0, size=7 if stem == "imagenet" else 3)
+                squares = DropBlock(drop_block if i > len(stages) - 2 else 0.0, size=7 if large else 3)
                 blocks.append(block(C, width, s, normed, downsample, path, squares))
                 C = width
             setattr(self, f"layer{i}", nn.Sequential(*blocks))
@@ -360,16 +368,16 @@ class ResNet(nn.Module):
         self.init_weights(weight_init)
 
     def init_weights(self, kind):
-        """Random filters with kaiming's or xavier's variance; the whiten stem's network begins as [10] has it."""
+        """Random filters with kaiming's or xavier's variance; the whiten stem's network begins as [11] has it."""
         fast = self.stem == "whiten"
         for module in self.modules():
             if isinstance(module, nn.Conv2d) and not fast:
-                # [2] eq. 14: var 2 / fan_out keeps the gradient's variance through a ReLU, which halves it
+                # [2] eq. 14: var 2 / fan_out (C_out × filter size) keeps the gradient's variance, which ReLU halves
                 if kind == "kaiming":
                     nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
                 else:
                     nn.init.xavier_normal_(module.weight)  # var 2 / (fan_in + fan_out): for an activation like tanh
-            elif isinstance(module, nn.Conv2d) and module is not self.conv1:  # its first filters copy its input
+            elif isinstance(module, nn.Conv2d) and module is not self.conv1:  # the first filters copy the input
                 nn.init.dirac_(module.weight[:module.in_channels].data)
             elif isinstance(module, nn.BatchNorm2d) and fast:
                 module.weight.requires_grad_(False)  # biases alone are learned
@@ -389,7 +397,7 @@ class ResNet(nn.Module):
         for i in range(self.num_stages):
             x = getattr(self, f"layer{i + 1}")(x)  # (B, width, H / stride, W / stride)
         if self.stem == "whiten":
-            return x.amax(dim=(2, 3)) / x.size(1)  # max-pool, and a small scale for the head to begin with [10]
+            return x.amax(dim=(2, 3)) / x.size(1)  # max-pool, and a small scale for the head to begin with [11]
         if self.stem == "wide":
             x = F.relu(self.bn_last(x))
         return x.mean(dim=(2, 3))
@@ -408,7 +416,8 @@ class ResNet(nn.Module):
 
 
 def imagenet_resnet(block, widths, depths, num_classes=1000, stem="imagenet", stem_width=64, first=1, **more):
-    """Four stages that each halve height and width but the first. width: channels of a stage's output."""
+    """Four stages of widths output channels and depths blocks; each halves height and width, the first by its stride,
+    first."""
     return ResNet(list(zip([block] * 4, widths, depths, (first, 2, 2, 2))), num_classes, stem, stem_width, **more)
 
 
@@ -446,12 +455,14 @@ wide_resnet50_2 = functools.partial(imagenet_resnet, functools.partial(Bottlenec
 
 
 def regnet_x_400mf(num_classes=1000, stem="regnet", **more):
-    """RegNetX at 400 million MACs [5]: widths and depths come from a line that was fitted to good networks."""
+    """RegNetX at 400 million MACs [5]: block j's width is 24 + 24.48 j, rounded to four values, one a stage (the last
+    is 400 as in torchvision; others have 384)."""
     block = functools.partial(Bottleneck, ratio=1, group_width=16)
     return imagenet_resnet(block, (32, 64, 160, 400), (1, 2, 7, 12), num_classes, stem, 32, first=2, **more)
 
 
-OFFICIAL = dict(resnet18="f37072fd", resnet34="b627a593", resnet50="11ad3fa6", resnet101="cd907fc2",  # of SHA-256
+# torchvision's networks, and the first digits of their files' SHA-256
+OFFICIAL = dict(resnet18="f37072fd", resnet34="b627a593", resnet50="11ad3fa6", resnet101="cd907fc2",
                 resnet152="f82ba261", resnext50_32x4d="1a0047aa", wide_resnet50_2="9ba9bcbe",
                 regnet_x_400mf="62229a5f")
 ARCHS = {**{f"resnet{depth}": functools.partial(cifar_resnet, depth) for depth in (20, 32, 44, 56, 110)},
@@ -478,7 +489,7 @@ def make_model(arch, **settings):
 def from_pretrained(name_or_path, data_dir="data", **changes):
     """A ResNet with torchvision's published weights (1,000 ImageNet classes), or from a checkpoint of this script.
 
-    An official name is downloaded, 30 to 250 MB; a path to torchvision's .pth file needs its published name. changes
+    An official name is downloaded, 22 to 276 MB; a path to torchvision's .pth file needs its published name. changes
     are arguments of ResNet. Raises ValueError if the file can't be read or doesn't fit.
     """
     path, name = Path(name_or_path), Path(name_or_path).name.split("-")[0]
@@ -511,7 +522,7 @@ def from_pretrained(name_or_path, data_dir="data", **changes):
 # ---- optimiser -----------------------------------------------------------------------------------------------------
 
 def newton_schulz(g, steps=5):
-    """U Vᵀ of g = U S Vᵀ (..., n, m), roughly: singular values above .002 of g's norm end between .68 and 1.21 [9].
+    """U Vᵀ of g = U S Vᵀ (..., n, m), roughly: singular values above .002 of g's Frobenius norm end in .68 to 1.21 [9].
 
     The polynomial a σ + b σ³ + c σ⁵ works on every singular value σ through matrix products alone.
     """
@@ -535,7 +546,9 @@ class FilterMuon(torch.optim.Optimizer):
     def step(self, closure=None):
         for group in self.param_groups:
             for p in group["params"]:  # (C_out, C_in, 3, 3), each with a gradient
-                m = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                if not self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                m = self.state[p]["momentum"]
                 m.mul_(group["momentum"]).add_(p.grad)  # m ← μ m + g
                 ahead = p.grad.add(m, alpha=group["momentum"])  # Nesterov: g + μ m
                 p.mul_(len(p) ** 0.5 / p.norm())
@@ -544,18 +557,18 @@ class FilterMuon(torch.optim.Optimizer):
 
 def sgd_or_muon(model, c):
     """Optimizers (a list) for what is to be trained. A group's peak: its highest rate; until: the fraction of the run
-    at which its rate is 0."""
+    at which its rate is 0 (--schedule linear)."""
     head = {id(p) for p in model.fc.parameters()}
     for p in model.parameters():
         p.requires_grad_(p.requires_grad and (id(p) in head or not c.freeze))
     params = [p for p in model.parameters() if p.requires_grad]
     if c.optimizer == "sgd":
-        groups = [dict(params=[p for p in params if (id(p) in head, p.dim() > 1) == kind],
-                       peak=c.lr * (1 if kind[0] else c.backbone_lr), weight_decay=c.weight_decay * kind[1])
-                  for kind in ((True, True), (True, False), (False, True), (False, False))]
+        groups = [dict(params=[p for p in params if (id(p) in head, p.dim() > 1) == (is_head, is_weight)],
+                       peak=c.lr * (1 if is_head else c.backbone_lr), weight_decay=c.weight_decay * is_weight)
+                  for is_head, is_weight in itertools.product((True, False), repeat=2)]
         return [torch.optim.SGD([g for g in groups if g["params"]], momentum=0.9, nesterov=True)]
     # [11] sums the loss over 2,000 images, ours is their mean: its rates .053 and .67 are 2,000 times larger here. A
-    # decay of 4e-3 / lr takes 4e-3 of a parameter away per step, whatever its rate.
+    # decay of 4e-3 / peak takes the same share of each parameter away, whatever its peak.
     groups = [dict(params=[model.conv1.bias], peak=106.0, until=3 / 8), dict(params=[model.fc.weight], peak=1340.0),
               dict(params=[p for p in params if p.dim() == 1 and p is not model.conv1.bias], peak=106.0)]
     sgd = torch.optim.SGD([dict(g, weight_decay=4e-3 / g["peak"]) for g in groups], momentum=0.85, nesterov=True)
@@ -664,7 +677,7 @@ def make_shapes(n, seed):
 
 
 def balanced_subset(labels, fraction):
-    """Indices, ascending, of the first images of each class, a fraction of it: the data is in random order as it is."""
+    """Indices, ascending, of the first images of each class, a fraction of the class: the data is in random order."""
     classes = [(labels == k).nonzero().flatten() for k in labels.unique()]
     return torch.cat([k[:max(1, round(fraction * len(k)))] for k in classes]).sort().values
 
@@ -701,11 +714,12 @@ def augment(images, index, dy, dx, mirror):
     columns = torch.where(mirror[:, None], W - 1 - columns, columns)
     columns = reflect(columns + dx[:, None], W)
     rows = reflect(torch.arange(H, device=images.device) + dy[:, None], H)  # (B, H)
+    # indices on both sides of a slice put their own axes first: (B, H, W, C)
     return images[index[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)  # (B, C, H, W)
 
 
 def normalise(images, stats, size=0):
-    """uint8 (B, 3, H, W) to floats of about zero mean and unit variance, resized to size × size if that is not 0."""
+    """Pixels (B, 3, H, W), 0 to 255, to floats of about zero mean, unit variance, resized to size × size unless 0."""
     mean, std = (torch.tensor(s, device=images.device)[:, None, None] for s in stats)
     x = (images / 255 - mean) / std
     return F.interpolate(x, (size, size), mode="bilinear") if size else x
@@ -713,7 +727,7 @@ def normalise(images, stats, size=0):
 
 def batch_index(n, batch_size, seed, step, slot, slots):
     """Which of n images make the slot-th of the slots micro-batches of a step: indices (batch_size,), and the epoch.
-    Each epoch has an order of its own; all depends on (seed, step, slot) alone."""
+    Each epoch has an order of its own; all depends on (seed, step, slot, slots) alone."""
     size = batch_size * slots
     epoch, position = divmod(step, max(1, n // size))
     order = np.random.default_rng((seed, 1, epoch)).permutation(n)
@@ -775,7 +789,7 @@ def download(url, path, checksum=None):
                 part.unlink()
             if have != total:
                 raise OSError(f"it ended after {have} of {total} bytes")
-        if not hashlib.new(kind, part.read_bytes()).hexdigest().startswith(digits):
+        if digits and not hashlib.new(kind, part.read_bytes()).hexdigest().startswith(digits):
             part.unlink()
             raise UserError(f"{url} is not the published file, its {kind} differs: deleted, try again")
         os.replace(part, path)
@@ -793,7 +807,8 @@ def write_atomic(path, *content):
                 os.fsync(file.fileno())
             os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a disk that can't be written has its own message above
+            temporary.unlink()
 
 
 def load_checkpoint(path):
@@ -804,22 +819,34 @@ def load_checkpoint(path):
     return saved
 
 
+def round_ticks(low, high):
+    """Some round numbers from low or just below to high or just above, 1, 2 or 5 · 10^n apart, two to seven."""
+    least = (high - low if high - low > 1e-9 * abs(high) else abs(high) or 1) / 5  # less is rounding
+    power = 10.0 ** math.floor(math.log10(least))
+    step = next(power * m for m in (1, 2, 5, 10) if power * m >= least)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    return [step * i for i in range(first, max(last, first + 1) + 1)]
+
+
 def curves_svg(path, series, x_label, y_label):
-    """A chart of {name: [(x, y), ...]}; the names stand in the corner in their lines' colours."""
-    (x0, x1), (y0, y1) = [(min(v), max(v)) for v in zip(*(p for line in series.values() for p in line))]
-    svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="-70 -30 640 400" font-family="sans-serif" font-size="12">'
-           '<rect x="-70" y="-30" width="640" height="400" fill="white"/>'
-           f'<text x="275" y="362" text-anchor="middle">{x_label}</text><text x="-62" y="-12">{y_label}</text>']
-    for i in range(6):
-        svg.append(f'<path d="M0 {320 - 64 * i}h550" stroke="#ddd"/>'
-                   f'<text x="-8" y="{320 - 64 * i}" text-anchor="end">{y0 + (y1 - y0) * i / 5:.3g}</text>'
-                   f'<text x="{110 * i}" y="340" text-anchor="middle">{x0 + (x1 - x0) * i / 5:.4g}</text>')
+    """A chart of {name: [(x, y), ...]}; the names stand beside it in their lines' colours."""
+    xs, ys = (round_ticks(min(v), max(v)) for v in zip(*(p for line in series.values() for p in line)))
+
+    def at(x, y):
+        return 550 * (x - xs[0]) / (xs[-1] - xs[0]), 320 * (ys[-1] - y) / (ys[-1] - ys[0])
+
+    svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="-70 -30 790 400" font-family="sans-serif" font-size="12">'
+           '<rect x="-70" y="-30" width="790" height="400" fill="white"/>'
+           f'<text x="275" y="362" text-anchor="middle">{x_label}</text><text x="-62" y="-14">{y_label}</text>']
+    for y in ys:
+        svg.append(f'<path d="M0 {at(0, y)[1]:.1f}h550" stroke="#ddd"/>'
+                   f'<text x="-8" y="{at(0, y)[1] + 4:.1f}" text-anchor="end">{y:.6g}</text>')
+    svg += [f'<text x="{at(x, 0)[0]:.1f}" y="340" text-anchor="middle">{x:.6g}</text>' for x in xs]
     for i, (name, line) in enumerate(series.items()):
         colour = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")[i % 6]
-        points = " ".join(f"{550 * (x - x0) / (x1 - x0 or 1):.1f},{320 * (y1 - y) / (y1 - y0 or 1):.1f}"
-                          for x, y in line)
+        points = " ".join("{:.1f},{:.1f}".format(*at(x, y)) for x, y in line)
         svg.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
-                   f'<text x="540" y="{20 + 16 * i}" text-anchor="end" fill="{colour}">{name}</text>')
+                   f'<text x="560" y="{20 + 16 * i}" fill="{colour}">{name}</text>')
     write_atomic(path, "\n".join([*svg, "</svg>"]).encode())
 
 
@@ -877,6 +904,7 @@ def load_network(c, classes):
         if value != has and (c.resume or value != default):
             raise UserError(f"--{name} {value}, but {source} has {has}")
         setattr(c, name, has)
+    c.__post_init__()  # do the flags go with what the file holds?
     if c.init:
         model.settings["num_classes"] = classes
         model.fc = make_model(**model.settings).fc
@@ -911,7 +939,7 @@ class RunFolder:
                 file.write(json.dumps(self.rows[-1]) + "\n")
 
     def draw(self, y_label, **keys):
-        """curves.svg, a line for each of names=key that rows have."""
+        """curves.svg: for each name=key of which rows have the key, a line called name."""
         lines = {name: [(row["step"], row[key]) for row in self.rows if key in row] for name, key in keys.items()}
         if self.writes and any(lines.values()):
             curves_svg(self.out / "curves.svg", {k: v for k, v in lines.items() if v}, "step", y_label)
@@ -934,7 +962,8 @@ def update_average(average, model, decay):
 def train_step(model, raw, ema, optimizers, autocast, train, c, step, steps, rank, world):
     """One update of the parameters and their average; returns the batch's loss and accuracy (2,), on the device.
 
-    N ranks do what one rank does with N times the accumulation, but for batch norm's statistics.
+    N ranks do what one rank does with N times the accumulation, but for batch norm's statistics and what DropPath and
+    DropBlock draw.
     """
     torch.manual_seed(int(np.random.SeedSequence((c.seed, step, rank)).generate_state(1)[0]))  # DropPath, DropBlock
     model.train(not c.freeze)  # a frozen network's batch norm keeps its statistics
@@ -956,7 +985,7 @@ def train_step(model, raw, ema, optimizers, autocast, train, c, step, steps, ran
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
-    if ema is not None:  # short at first, so that the random start is soon forgotten
+    if ema is not None:  # an average of few steps at first, so that the random start is soon forgotten
         update_average(ema, raw, min(c.ema, (step + 1) / (step + 10)))
     return total
 
@@ -967,12 +996,13 @@ def train(c, interrupts=()):
     device, dtype, autocast = pick_device(c.device, c.dtype, "avx512_bf16")
     if world > 1:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if rank > 0:  # the first rank may have to download
+    local = int(os.environ.get("LOCAL_RANK", rank))
+    if local > 0:  # a machine's first rank may have to download
         torch.distributed.barrier()
     torch.manual_seed(c.seed)  # the same initial weights on every rank
     *splits, classes = load_images(c)
     raw, saved = load_network(c, len(classes)), load_checkpoint(f"{c.out}/ckpt.pt") if c.resume else None
-    if rank == 0 and world > 1:
+    if local == 0 and world > 1:
         torch.distributed.barrier()
     train_split, val, test = [[t.to(device) for t in split] for split in splits]  # uint8, all on the device
     if raw.stem == "whiten" and not saved and not c.init:
@@ -1054,18 +1084,18 @@ def train(c, interrupts=()):
 
 
 def finish(run, model, test, classes, c, autocast, device):
-    """Read the test set, once, with the best weights; write --save_logits and the log's last row."""
+    """Read the test set, once, with the best weights; write the log's last row, and --save_logits."""
     best = load_checkpoint(run.out / "best.pt")
     model.load_state_dict(best.get("ema") or best["model"])
     scores = test_scores(model, *test, classes, c, autocast)
+    memory = peak_mb(device)
+    run.log(f"{run.seconds:.0f} s of training | peak {memory:.0f} MB", seconds=run.seconds, **scores, final=True,
+            peak_mb=memory)
     if c.save_logits:
         images = load_images(dataclasses.replace(c, full_train=True, labels=1.0))[0][0].to(device)
         buffer = io.BytesIO()
         np.save(buffer, predict(model, images, c, autocast, views=2).transpose(0, 1).cpu().numpy())
         write_atomic(c.save_logits, buffer.getvalue())
-    memory = peak_mb(device)
-    run.log(f"{run.seconds:.0f} s of training | peak {memory:.0f} MB", seconds=run.seconds, **scores, final=True,
-            peak_mb=memory)
 
 
 def pick_device(name, dtype, units="amx_bf16"):
@@ -1078,6 +1108,8 @@ def pick_device(name, dtype, units="amx_bf16"):
     with one_line(f"--device {name} is not here"):
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
         torch.zeros(1, device=device).item()
+    if device.type == "mps" and int(os.environ.get("WORLD_SIZE", 1)) > 1:  # gloo can't move its tensors
+        raise UserError("several processes can't share work on mps: add --device cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where fp32 is left
@@ -1110,21 +1142,21 @@ def figure6(c, interrupts):
                                       out=str(Path(c.out) / "figure6" / name), resume=False)
             for name in ("plain20", "plain56", "resnet20", "resnet56")}
     for run in runs.values():
-        path, may_differ = Path(run.out) / "ckpt.pt", ("resume", "stop_at", "device", "compile", "log_every")
+        path = Path(run.out) / "ckpt.pt"
+        may_differ = ("resume", "stop_at", "out", "data_dir", "device", "compile", "log_every")
         for name, value in (load_checkpoint(path)["config"] if path.exists() else {}).items():
             if value != getattr(run, name, value) and name not in may_differ:
                 raise UserError(f"{path} is of a run with --{name} {value}: give that too, or another --out")
         run.resume = path.exists()
         if status := train(run, interrupts):
             return status
-    if int(os.environ.get("RANK", 0)) == 0:  # several processes would draw over one another
-        logs = {name: [json.loads(line) for line in (Path(run.out) / "log.jsonl").read_text().splitlines()]
-                for name, run in runs.items()}
-        for kind, label in (("train", "training error, %"), ("val", "validation error, %")):
-            errors = {name: [(row["step"], 100 - 100 * row[f"{kind}_accuracy"]) for row in rows
-                             if f"{kind}_accuracy" in row] for name, rows in logs.items()}
-            curves_svg(Path(c.out) / f"figure6_{kind}.svg", errors, "step", label)
-        print(f"wrote {c.out}/figure6_train.svg and figure6_val.svg")
+    logs = {name: [json.loads(line) for line in (Path(run.out) / "log.jsonl").read_text().splitlines()]
+            for name, run in runs.items()}
+    for kind, label in (("train", "training error, %"), ("val", "validation error, %")):
+        errors = {name: [(row["step"], 100 - 100 * row[f"{kind}_accuracy"]) for row in rows
+                         if f"{kind}_accuracy" in row] for name, rows in logs.items()}
+        curves_svg(Path(c.out) / f"figure6_{kind}.svg", errors, "step", label)
+    print(f"wrote {c.out}/figure6_train.svg and figure6_val.svg")
     return 0
 
 
@@ -1133,7 +1165,7 @@ def loss_surface(model, images, labels, n, seed, c, autocast):
     """Losses (n, n) at θ + a δ + b η, a and b from -1 to 1, for two random directions δ, η ([8] eq. 1).
 
     Filter-normalised ([8] §4): each filter of a direction is as long as the model's, since scaling a filter in front of
-    a norm changes nothing, and so distances mean nothing until they are measured in filters. Biases and norms stay.
+    a norm changes nothing, and so distances mean nothing unless measured in filters' lengths. Biases and norms stay.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -1180,8 +1212,10 @@ def contour_svg(path, panels, levels):
                         points.append(f"{x:.1f} {y:.1f}")
                 d += "".join(f"M{a}L{b}" for a, b in zip(points[::2], points[1::2]))
             svg.append(f'<path d="{d}" stroke="{colour}" fill="none"/>')
+    svg.append(f'<text x="{340 * len(panels) + 10}" y="20">loss</text>')
     for k, (level, colour) in enumerate(zip(levels, colours)):
-        svg.append(f'<text x="{340 * len(panels) + 10}" y="{40 + 16 * k}" fill="{colour}">{level:.3g}</text>')
+        text = f"{float(format(level, '.2g')):g}"  # 100, not 1e+02
+        svg.append(f'<text x="{340 * len(panels) + 10}" y="{40 + 16 * k}" fill="{colour}">{text}</text>')
     write_atomic(path, "\n".join([*svg, "</svg>"]).encode())
 
 
@@ -1196,14 +1230,14 @@ def landscape(c):
             if held.get(name) != getattr(c, name):
                 raise UserError(f"{path} was trained with --{name} {held.get(name)}: say so here too")
     models = [from_pretrained(path).to(device, memory_format=torch.channels_last) for path in paths]
+    with one_line(f"can't make the folder {c.out}", status=1):
+        Path(c.out).mkdir(parents=True, exist_ok=True)
     images, labels = (t[:256].to(device) for t in load_images(c)[0])  # differs from [8]: few, for a CPU's sake
     for title, path, model in zip(titles if len({*titles}) == len(paths) else paths, paths, models):
         started = time.perf_counter()
         panels[title] = surface = loss_surface(model, images, labels, c.grid, c.seed, c, autocast)
         print(f"{path}: loss {surface[c.grid // 2, c.grid // 2]:.3f} at the centre, {surface.min():.3f} to "
               f"{surface.max():.4g} around it, {time.perf_counter() - started:.0f} s", flush=True)
-    with one_line(f"can't make the folder {c.out}", status=1):
-        Path(c.out).mkdir(parents=True, exist_ok=True)
     write_atomic(Path(c.out) / "landscape.json", json.dumps({k: v.tolist() for k, v in panels.items()}).encode())
     contour_svg(Path(c.out) / "landscape.svg", panels, [0.1 * 10 ** (k / 6) for k in range(19)])  # .1 to 100
     print(f"wrote {c.out}/landscape.svg")
@@ -1251,6 +1285,9 @@ def main(argv=None):
         print(f"resnet.py: {error}", file=sys.stderr)
         return error.status
     except (MemoryError, RuntimeError) as error:  # torch has a RuntimeError for it, on a CPU a plain one
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            print(f"resnet.py: --compile failed, leave it out: {' '.join(str(error).split())[:200]}", file=sys.stderr)
+            return 1
         if isinstance(error, RuntimeError) and not re.search("(out of|allocate|enough) memory", str(error)):
             raise
         print(f"resnet.py: out of memory ({' '.join(str(error).split())[:200]}): lower --batch_size", file=sys.stderr)

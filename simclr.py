@@ -21,7 +21,7 @@ slowly following copy of encoder and head, is its key; the queue holds the keys 
     python simclr.py --data cifar10 --batch_size 1024 --chunk 256   # a large batch in a small one's memory
     python simclr.py --encoder vit                      # then: python vit.py --init out/simclr/ckpt.pt
     python simclr.py --show_augment                     # augment.png: pairs of views
-    torchrun --nproc_per_node=8 simclr.py --data cifar10 --width 64 --optimizer lars --epochs 100 --compile
+    torchrun --nproc_per_node=8 simclr.py --data cifar10 --width 64 --optimizer lars --epochs 100
 
 What to expect (torch 2.13.0, two cores of an AMD EPYC, seed 0, n = 1; logs in assets/logs/simclr/):
 - python simclr.py, test images of shapes, bfloat16, 94 s of training: kNN .586 (random init .197, pixels .334), linear
@@ -29,16 +29,18 @@ What to expect (torch 2.13.0, two cores of an AMD EPYC, seed 0, n = 1; logs in a
 - A step of ResNet-18, batch 256, augmentation included, in bfloat16 by AVX-512: 50 pairs of images per second, 2.63
   times as many as with per-image PIL transforms in a DataLoader of two workers and fp32 eager; in fp32 1.17 times.
   Augmentation is 0.4% of a step: python tests.py BenchSimCLR.speed
-- Not yet measured: CIFAR-10, half an hour per objective
-  (BenchSimCLR.hours); temperatures .1, .2, .5, 1, and batches of 64, 256, 1024 (.temperatures, .batches)
+- Not yet measured: CIFAR-10, half an hour per objective (BenchSimCLR.hours); temperatures .1, .2, .5, 1, and batches of
+  64, 256, 1024 (.temperatures, .batches)
 - On a GPU: not yet measured
 
 Differs from the papers: all three see the same views, with [1]'s colours for CIFAR-10 and no blur (VICReg's code blurs
 and inverts bright pixels, each view with other probabilities), and crops of at least a fifth of the image, not .08;
-encoders are small; the weights that are tested are those with the best kNN on validation images; probes with a part of
-the labels choose their rate with all validation labels; what is left of an epoch after its last whole batch is dropped.
+encoders are small, and AdamW trains them unless --optimizer says otherwise; the weights that are tested are those with
+the best kNN on validation images; probes with a part of the labels choose their rate with all validation labels; what
+is left of an epoch after its last whole batch is dropped.
 --batch_size is per process: N processes do what one does with the joined batch. But MoCo's running statistics are the
-first one's, and with --chunk batch norm sees a chunk of each at a time.
+first one's. With --chunk batch norm sees a chunk of each at a time, both views of its images: SimCLR can then tell a
+pair by its chunk's statistics, the leak that [1] §2.2 avoids.
 
 Shapes: B batch of a process, N views or images in a loss, C channels or features (D in VICReg's loss), K keys in the
 queue; images are (B, 3, height, width), uint8 until augmented.
@@ -75,8 +77,8 @@ class Config:
     # data
     data: str = "shapes"  # shapes (drawn by this script), cifar10, or a folder that holds cifar-10-batches-bin/
     data_dir: str = "data"  # where downloads land
-    labels: float = 1.0  # fraction of the training images that is used, with or without labels, the same of each class
-    full_train: bool = False  # learn from the validation images too, without their labels; probes stay as they are
+    labels: float = 1.0  # fraction of the training images that is used, with or without labels, of each class alike
+    full_train: bool = False  # learn from all validation images too, without their labels; probes stay as they are
     # augmentation: each view draws its own
     augment: str = "full"  # full, or crop_flip: colours stay, and give away which views belong together
     crop_min: float | None = None  # least share of the area that a view shows; None: 0.2, 0.4 for shapes
@@ -89,16 +91,16 @@ class Config:
     width: int | None = None  # channels of the first of four stages (None: 16; [8] has 64); of a vit (None: 192)
     depth: int = 6  # blocks of a vit
     head_dim: int | None = None  # numbers that the loss sees; None: 128, or 512 for vicreg, whose authors have 8192
-    init: str | None = None  # start from the encoder in a checkpoint of this script, vit.py, mae.py or ijepa.py
+    init: str | None = None  # a checkpoint to start from its encoder: this script's or, for --encoder vit, any other's
     # objective
     loss: str = "simclr"  # simclr, moco or vicreg
-    temperature: float = 0.2  # cosines are divided by it; [3] has 0.2, for CIFAR-10 [1] §B.9 0.5, [3]'s code 0.1
-    chunk: int = 0  # images encoded at once (simclr, vicreg), for a third more time; 0: all of a batch
+    temperature: float = 0.2  # cosines are divided by it: 0.2 in [3]; for CIFAR-10 0.5 in [1] §B.9, 0.1 in [3]'s code
+    chunk: int = 0  # images encoded at once (simclr, vicreg): less memory, one more forward pass; 0: all of a batch
     queue: int = 4096  # moco's keys, a multiple of a step's images, well below all images; [2]: 65536 for ImageNet
     momentum: float = 0.99  # of moco's key encoder; [2] has 0.999 for ImageNet
     bn_splits: int = 4  # parts of moco's batch that batch norm standardises each on its own, as so many GPUs would
     invariance: float = 25.0  # vicreg: weight of the views' distance [4] §4.2
-    variance: float = 25.0  # vicreg: weight of the hinge on standard deviations; 0 lets features collapse
+    variance: float = 25.0  # vicreg: weight of what standard deviations lack of 1; 0 lets features collapse
     covariance: float = 1.0  # vicreg: weight of covariances; 0 lets dimensions say the same
     # optimiser
     optimizer: str = "adamw"  # adamw, which is quick; sgd with momentum 0.9; lars, for large batches
@@ -133,7 +135,7 @@ class Config:
             if value == "" or name in known and value not in known[name]:
                 raise UserError(f"--{name} {value!r}: want {' or '.join(known.get(name, ['some text']))}")
             if type(value) in (int, float) and not (0 < value <= most or value == 0 and name in may_be_0):
-                up_to = f" to {most}" if most < sys.maxsize else ""
+                up_to = f", at most {most}" if most < sys.maxsize else ""
                 raise UserError(f"--{name} {value}: want a number {'from' if name in may_be_0 else 'above'} 0{up_to}")
         if self.data not in ("shapes", "cifar10") and not (Path(self.data) / "cifar-10-batches-bin").is_dir():
             raise UserError(f"--data {self.data}: want shapes, cifar10, or a folder that holds cifar-10-batches-bin/")
@@ -155,7 +157,8 @@ class Config:
             f"--batch_size {self.batch_size}: an image alone has nothing to be unlike; want 2 or more":
                 self.batch_size < 2,
             f"--width {self.width}: want a multiple of 8" + " and, from 64 on, of 64" * (self.encoder == "vit"):
-                self.width % 8 or self.encoder == "vit" and self.width > 64 and self.width % 64,
+                not self.resume and (  # then it is the checkpoint's, which may be ijepa.py's 96
+                    self.width % 8 or self.encoder == "vit" and self.width > 64 and self.width % 64),
             f"--chunk {self.chunk} is for simclr and vicreg: moco's loss needs no large batch": moco and self.chunk,
             f"--chunk {self.chunk}: want 2 or more, and a divisor of --batch_size {self.batch_size}":
                 self.chunk and (self.chunk < 2 or self.batch_size % self.chunk),
@@ -202,7 +205,7 @@ def grey(x):
 
 
 def rgb_to_hsv(x):
-    """(n, 3, H, W), 0 to 1: red, green, blue -> hue in turns from red over green to blue, saturation, value."""
+    """(n, 3, H, W), 0 to 1: red, green, blue -> hue in turns from red through green to blue, saturation, value."""
     r, g, b = x.unbind(1)
     value = x.amax(dim=1)
     chroma = value - x.amin(dim=1)
@@ -256,7 +259,7 @@ def gaussian_blur(x, sigma):
 
 
 def normalise(images, stats, size=0):
-    """uint8 (B, 3, H, W) to floats of about zero mean and unit variance, resized to size × size if that is not 0."""
+    """Pixels (B, 3, H, W), 0 to 255, to floats of about zero mean, unit variance, resized to size × size unless 0."""
     mean, std = (torch.tensor(s, device=images.device)[:, None, None] for s in stats)
     x = (images / 255 - mean) / std
     return F.interpolate(x, (size, size), mode="bilinear") if size else x
@@ -264,7 +267,7 @@ def normalise(images, stats, size=0):
 
 def batch_index(n, batch_size, seed, step, slot, slots):
     """Which of n images make the slot-th of the slots micro-batches of a step: indices (batch_size,), and the epoch.
-    Each epoch has an order of its own; all depends on (seed, step, slot) alone."""
+    Each epoch has an order of its own; all depends on (seed, step, slot, slots) alone."""
     size = batch_size * slots
     epoch, position = divmod(step, max(1, n // size))
     order = np.random.default_rng((seed, 1, epoch)).permutation(n)
@@ -273,7 +276,7 @@ def batch_index(n, batch_size, seed, step, slot, slots):
 
 
 def views(c, images, step, batch, at):
-    """Views number at (n,) of the 2 · batch of a step, normalised: (n, 3, S, S). View i shows its image i % batch.
+    """The views numbered at (n,) of the 2 · batch of a step, normalised: (n, 3, S, S). View i shows image i % batch.
 
     images (N, 3, S, S) are uint8. A view depends on (seed, step, batch, i) alone: any process can make any of them.
     """
@@ -313,7 +316,7 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        gradient = gradient.clone(memory_format=torch.contiguous_format)  # all_reduce writes into it
         torch.distributed.all_reduce(gradient)
         return gradient.chunk(torch.distributed.get_world_size())[torch.distributed.get_rank()]
 
@@ -335,8 +338,9 @@ def at_least_fp32(v):
 
 
 def in_fp32(loss):
-    """A loss that computes in at least fp32, whatever it is given and autocast says: bfloat16 has about three digits,
-    and dividing by a small temperature before the exponential magnifies what rounding has lost."""
+    """A loss that computes in fp32 or double, whatever it is given and autocast says: bfloat16 has two to three digits,
+    and dividing by a small temperature before the exponential magnifies what rounding has lost. On CUDA products of
+    matrices are still in TF32, of about three digits: see pick_device."""
     @functools.wraps(loss)
     def wrapped(*args, **more):
         args, more = [at_least_fp32(v) for v in args], {k: at_least_fp32(v) for k, v in more.items()}
@@ -358,7 +362,7 @@ def nt_xent(z1, z2, temperature):
     logits = z @ gather(z).T / temperature  # (2N, 2N · world)
     own = rank * n + torch.arange(n, device=z.device)  # the column of each row's view itself, which is no candidate
     logits = logits.scatter(1, own[:, None], -math.inf)
-    target = rank * n + (torch.arange(n, device=z.device) + n // 2) % n
+    target = rank * n + (torch.arange(n, device=z.device) + n // 2) % n  # the column of the image's other view
     return F.cross_entropy(logits, target), dict(accuracy=(logits.argmax(1) == target).float().mean())
 
 
@@ -376,8 +380,9 @@ def moco_loss(q, k, queue, temperature):
 
 @in_fp32
 def vicreg_loss(z1, z2, invariance=25.0, variance=25.0, covariance=1.0):
-    """VICReg's: the squared distance of z1 and z2 (N, D), a hinge at a standard deviation of 1 in each dimension, and
-    the squared covariances of any two dimensions. No two images are compared. Returns the loss and its three terms.
+    """VICReg's: the squared distance of z1 and z2 (N, D), what each dimension's standard deviation lacks of 1 (a
+    hinge), and the squared covariances of any two dimensions. No two images are compared. Returns the loss and its
+    three terms.
 
     As the authors' code, github.com/facebookresearch/vicreg: the distance is the mean over all elements, where
     [4] eq. 5 sums over D; the hinge is the views' mean, where eq. 6 sums the two. Their weights are for this.
@@ -401,11 +406,12 @@ class BatchNorm(nn.BatchNorm2d):
     with the joined batch has ([1] §2.2), in MoCo with those of each of splits parts of the batch.
 
     Statistics leak which images shared a batch. If a query and its key saw the same others, they can be matched by that
-    instead of by what they show, and the loss falls while features get worse ([2] §3.3). SimCLR's candidates all share
-    one set of statistics, but a queue's keys come from other batches. So MoCo's query and key must be standardised
-    among different images: keys are shuffled, and the parts stand for [2]'s GPUs.
+    instead of by what they show, and the loss falls while features get worse ([2] §3.3). SimCLR's candidates,
+    without --chunk, all share one set of statistics, but a queue's keys come from other batches. So MoCo's query and
+    key must be standardised among different images: keys are shuffled, and the parts stand for [2]'s GPUs.
 
-    Running statistics, for evaluation, move only where a gradient will follow: --chunk's first pass leaves no trace.
+    Running statistics, for evaluation, move only where a gradient will follow: not in --chunk's first pass, nor in
+    MoCo's key network, which is never evaluated.
     """
 
     splits = 1  # parts of a process's batch; 0: statistics over all processes' images
@@ -501,7 +507,7 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention: each token reads all others, weighted by softmax(q kᵀ / √D): 1706.03762v7 eq. 1."""
+    """Multi-head self-attention: each token reads all tokens, weighted by softmax(q kᵀ / √D): 1706.03762v7 eq. 1."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -556,7 +562,7 @@ class Block(nn.Module):
     def __init__(self, dim, heads, mlp_ratio=4.0, drop_path=0.0):
         super().__init__()
         self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, heads)
-        self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), FeedForward(dim, int(dim * mlp_ratio))
+        self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), FeedForward(dim, round(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x, key_mask=None):
@@ -757,8 +763,8 @@ def loss_backward(encode, x, c, last=lambda: None):
 
     encode(views) -> (n, C) has the parameters. With --chunk the loss is still that of all B images, but activations
     are kept for a chunk of them at a time ([6] §3): encode all without a gradient; take the loss's gradient with
-    regard to the vectors; encode each chunk again and pass its share of that on. Batch norm sees a chunk at a time.
-    last is called before the last passes.
+    regard to the vectors; encode each chunk again and pass its share of that on. Batch norm sees a chunk at a time,
+    which in SimCLR leaks which views belong together (see BatchNorm). last is called before the last passes.
     """
     def loss_of(z):
         z1, z2 = z.chunk(2)
@@ -833,14 +839,15 @@ def cached_features(encode, images, stats, autocast):
         with autocast:
             parts.append(encode(normalise(x, stats)).float())
     if not all(z.isfinite().all() for z in parts):
-        raise UserError("features are infinite, there is nothing to probe: lower --lr", 1)
+        raise UserError("features are not finite, there is nothing to probe: lower --lr", 1)
     return torch.cat(parts)
 
 
 @torch.no_grad()
 def knn_accuracy(train_z, train_y, test_z, test_y, k=20, temperature=0.07):
     """The share of test features (M, C) whose label the k training features (N, C) at the least angle vote for, each
-    with the weight exp(cosine / temperature) (1805.01978v1 §3.4). Nothing is fitted: classes must already lie apart."""
+    with the weight exp(cosine / temperature) (1805.01978v1 §3.4, there k = 200). Nothing is fitted: classes must lie
+    apart already."""
     train_z, test_z = F.normalize(train_z, dim=1), F.normalize(test_z, dim=1)
     labels, right = F.one_hot(train_y).to(train_z.dtype), 0  # (N, classes)
     for z, y in zip(test_z.split(1000), test_y.split(1000)):
@@ -853,11 +860,10 @@ def knn_accuracy(train_z, train_y, test_z, test_y, k=20, temperature=0.07):
 @torch.no_grad()
 def linear_probe(train_z, train_y, val_z, val_y, test_z, test_y, rates=(1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0),
                  epochs=20, at_least=300, batch_size=500, seed=0):
-    """Accuracy on test features (M, C) of the linear classifier, of one per rate, that is best on validation ones.
+    """Accuracy on test features (M, C) of a linear classifier: one per rate is trained, the best on validation counts.
 
     As in arXiv 2111.06377v3 §A.1: in front batch norm without an affine map, here with the statistics of all training
-    features; no decay; a cosine. SGD with momentum .9 for so many epochs, but at_least so many steps; R classifiers at
-    once.
+    features; no decay; a cosine. SGD with momentum .9 for epochs, but at least at_least steps; all R rates at once.
     """
     mean, std = train_z.mean(dim=0), (train_z.var(dim=0, unbiased=False) + 1e-6).sqrt()
     train_z, val_z, test_z = (F.pad((z - mean) / std, (0, 1), value=1.0) for z in (train_z, val_z, test_z))  # a bias
@@ -884,7 +890,7 @@ def linear_probe(train_z, train_y, val_z, val_y, test_z, test_y, rates=(1e-3, 3e
 
 def rankme(z):
     """In effect how many dimensions features (N, C) fill: exp of the entropy of p = σ / Σσ + 1e-7, σ their singular
-    values (arXiv 2210.02885v3). At most the smaller of N and C; 1 if all features lie on a line through the origin."""
+    values (arXiv 2210.02885v3). At most about the smaller of N and C; 1 if all lie on a line through the origin."""
     p = torch.linalg.svdvals(z.cpu().double())
     p = p / p.sum() + 1e-7
     return (-(p * p.log()).sum()).exp().item()
@@ -896,11 +902,12 @@ def spread(z):
     return F.normalize(z, dim=1).std(dim=0).mean().item() * z.size(1) ** 0.5
 
 
-def probe_encoders(encoders, stats, train, val, test, fractions, autocast):
+def probe_encoders(encoders, stats, train, val, test, fractions, autocast, dimensions=True):
     """{name: scores} of encoders, a dict of functions of normalised images: what probes make of their features.
 
     train, val, test: (images (N, 3, H, W) uint8, labels (N,)). kNN and linear probes are fitted on train, the latter
     on fractions of its labels, and scored on test; for a look during a run, val may be given as test.
+    dimensions: also how many the features fill, and how far they spread.
     """
     results = {}
     for name, encode in encoders.items():
@@ -911,12 +918,13 @@ def probe_encoders(encoders, stats, train, val, test, fractions, autocast):
             some = balanced_subset(train[1], fraction)
             scores[f"linear_{fraction:.0%}" if fraction < 1 else "linear"] = linear_probe(
                 train_z[some], train[1][some], val_z, val[1], test_z, test[1])
-        scores |= dict(rankme=rankme(test_z), std=spread(test_z))
+        if dimensions:
+            scores |= dict(rankme=rankme(test_z), std=spread(test_z))
     return results
 
 
 def probe_table(results):
-    """The same as lines of text, an encoder in each."""
+    """What probe_encoders returns as lines of text, an encoder in each."""
     rows = [("", *next(iter(results.values())))]
     rows += [(name, *(f"{value:.4f}" for value in scores.values())) for name, scores in results.items()]
     return "\n".join("".join(f"{cell:>12}" for cell in row) for row in rows)
@@ -1034,7 +1042,7 @@ def make_shapes(n, seed):
 
 
 def balanced_subset(labels, fraction):
-    """Indices, ascending, of the first images of each class, a fraction of it: the data is in random order as it is."""
+    """Indices, ascending, of the first images of each class, a fraction of the class: the data is in random order."""
     classes = [(labels == k).nonzero().flatten() for k in labels.unique()]
     return torch.cat([k[:max(1, round(fraction * len(k)))] for k in classes]).sort().values
 
@@ -1100,7 +1108,7 @@ def download(url, path, checksum=None):
                 part.unlink()
             if have != total:
                 raise OSError(f"it ended after {have} of {total} bytes")
-        if not hashlib.new(kind, part.read_bytes()).hexdigest().startswith(digits):
+        if digits and not hashlib.new(kind, part.read_bytes()).hexdigest().startswith(digits):
             part.unlink()
             raise UserError(f"{url} is not the published file, its {kind} differs: deleted, try again")
         os.replace(part, path)
@@ -1118,7 +1126,8 @@ def write_atomic(path, *content):
                 os.fsync(file.fileno())
             os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a disk that can't be written has its own message above
+            temporary.unlink()
 
 
 def load_checkpoint(path):
@@ -1129,22 +1138,34 @@ def load_checkpoint(path):
     return saved
 
 
+def round_ticks(low, high):
+    """Some round numbers from low or just below to high or just above, 1, 2 or 5 · 10^n apart, two to seven."""
+    least = (high - low if high - low > 1e-9 * abs(high) else abs(high) or 1) / 5  # less is rounding
+    power = 10.0 ** math.floor(math.log10(least))
+    step = next(power * m for m in (1, 2, 5, 10) if power * m >= least)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    return [step * i for i in range(first, max(last, first + 1) + 1)]
+
+
 def curves_svg(path, series, x_label, y_label):
-    """A chart of {name: [(x, y), ...]}; the names stand in the corner in their lines' colours."""
-    (x0, x1), (y0, y1) = [(min(v), max(v)) for v in zip(*(p for line in series.values() for p in line))]
-    svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="-70 -30 640 400" font-family="sans-serif" font-size="12">'
-           '<rect x="-70" y="-30" width="640" height="400" fill="white"/>'
-           f'<text x="275" y="362" text-anchor="middle">{x_label}</text><text x="-62" y="-12">{y_label}</text>']
-    for i in range(6):
-        svg.append(f'<path d="M0 {320 - 64 * i}h550" stroke="#ddd"/>'
-                   f'<text x="-8" y="{320 - 64 * i}" text-anchor="end">{y0 + (y1 - y0) * i / 5:.3g}</text>'
-                   f'<text x="{110 * i}" y="340" text-anchor="middle">{x0 + (x1 - x0) * i / 5:.4g}</text>')
+    """A chart of {name: [(x, y), ...]}; the names stand beside it in their lines' colours."""
+    xs, ys = (round_ticks(min(v), max(v)) for v in zip(*(p for line in series.values() for p in line)))
+
+    def at(x, y):
+        return 550 * (x - xs[0]) / (xs[-1] - xs[0]), 320 * (ys[-1] - y) / (ys[-1] - ys[0])
+
+    svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="-70 -30 790 400" font-family="sans-serif" font-size="12">'
+           '<rect x="-70" y="-30" width="790" height="400" fill="white"/>'
+           f'<text x="275" y="362" text-anchor="middle">{x_label}</text><text x="-62" y="-14">{y_label}</text>']
+    for y in ys:
+        svg.append(f'<path d="M0 {at(0, y)[1]:.1f}h550" stroke="#ddd"/>'
+                   f'<text x="-8" y="{at(0, y)[1] + 4:.1f}" text-anchor="end">{y:.6g}</text>')
+    svg += [f'<text x="{at(x, 0)[0]:.1f}" y="340" text-anchor="middle">{x:.6g}</text>' for x in xs]
     for i, (name, line) in enumerate(series.items()):
         colour = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")[i % 6]
-        points = " ".join(f"{550 * (x - x0) / (x1 - x0 or 1):.1f},{320 * (y1 - y) / (y1 - y0 or 1):.1f}"
-                          for x, y in line)
+        points = " ".join("{:.1f},{:.1f}".format(*at(x, y)) for x, y in line)
         svg.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
-                   f'<text x="540" y="{20 + 16 * i}" text-anchor="end" fill="{colour}">{name}</text>')
+                   f'<text x="560" y="{20 + 16 * i}" fill="{colour}">{name}</text>')
     write_atomic(path, "\n".join([*svg, "</svg>"]).encode())
 
 
@@ -1200,7 +1221,7 @@ class RunFolder:
                 file.write(json.dumps(self.rows[-1]) + "\n")
 
     def draw(self, y_label, **keys):
-        """curves.svg, a line for each of names=key that rows have."""
+        """curves.svg: for each name=key of which rows have the key, a line called name."""
         lines = {name: [(row["step"], row[key]) for row in self.rows if key in row] for name, key in keys.items()}
         if self.writes and any(lines.values()):
             curves_svg(self.out / "curves.svg", {k: v for k, v in lines.items() if v}, "step", y_label)
@@ -1230,12 +1251,13 @@ def train(c, interrupts=()):
     device, dtype, autocast = pick_device(c.device, c.dtype, "avx512_bf16")
     if world > 1:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if rank > 0:  # the first rank may have to download
+    local = int(os.environ.get("LOCAL_RANK", rank))
+    if local > 0:  # a machine's first rank may have to download
         torch.distributed.barrier()
     splits = load_images(dataclasses.replace(c, full_train=False))[:3]
     saved = load_checkpoint(f"{c.out}/ckpt.pt") if c.resume else None
     raw, fresh = (m.to(device, memory_format=torch.channels_last) for m in load_pair(c))
-    if rank == 0 and world > 1:
+    if local == 0 and world > 1:
         torch.distributed.barrier()
     train_split, val, test = [[t.to(device) for t in split] for split in splits]  # uint8, all on the device
     images = torch.cat((train_split[0], val[0])) if c.full_train else train_split[0]
@@ -1255,15 +1277,17 @@ def train(c, interrupts=()):
     per_epoch = len(images) // batch
     steps = c.steps or math.ceil(c.epochs * per_epoch)
     run = RunFolder(c, saved, writes=rank == 0)
-    yardsticks, few = dict(random_init=as_encode(fresh), pixels=lambda x: x.flatten(1)), c.probe_images
-    beside = {f"{key}_{name}": scores[key] for name, scores in probe_encoders(
-        yardsticks, CIFAR10_STATS, [t[:few] for t in train_split], val, val, (1.0,), autocast).items()
-        for key in ("knn", "linear")}
     if rank == 0:
         print(" ".join(f"{name}={value!r}" for name, value in dataclasses.asdict(c).items()))
         print(f"{sum(p.numel() for p in raw.encoder.parameters()):,} parameters in the encoder, "
               f"{sum(p.numel() for p in raw.head.parameters()):,} in the head | {len(images):,} images to train on | "
-              f"{steps} steps of {batch} | {device} {dtype}")
+              f"{steps} steps of {batch} | {device} {dtype}", flush=True)
+        if c.loss == "moco" and c.queue + batch > len(images):
+            print(f"--queue {c.queue}: of {len(images):,} images, so a query's own image is among its negatives")
+    yardsticks, few = dict(random_init=as_encode(fresh), pixels=lambda x: x.flatten(1)), c.probe_images
+    beside = {f"{key}_{name}": scores[key] for name, scores in probe_encoders(
+        yardsticks, CIFAR10_STATS, [t[:few] for t in train_split], val, val, (1.0,), autocast, dimensions=False).items()
+        for key in ("knn", "linear")}
 
     def save(name):
         run.save(name, raw, model_config=raw.settings, optimizer=[optimizer.state_dict()],
@@ -1328,7 +1352,8 @@ def look_at(run, model, train_split, val, beside, steps, c, autocast, world, sav
         run.best = scores["knn"]
         save("best.pt")
     run.draw("accuracy on validation images", kNN="knn", **{"linear probe": "linear", "kNN of random init":
-             "knn_random_init", "kNN of pixels": "knn_pixels", "linear probe of pixels": "linear_pixels"})
+             "knn_random_init", "kNN of pixels": "knn_pixels", "linear probe of random init": "linear_random_init",
+             "linear probe of pixels": "linear_pixels"})
 
 
 @torch.no_grad()
@@ -1351,11 +1376,11 @@ def finish_simclr(run, model, yardsticks, train_split, val, test, c, autocast, d
     print(probe_table(results))
     flat = {f"test_{key}{'' if name == c.loss else '_' + name}": value
             for name, scores in results.items() for key, value in scores.items()}
-    draw_neighbours(encode, train_split, test, run.out / "neighbours.png", autocast)
     ours, fresh, memory = results[c.loss], results["random_init"], peak_mb(device)
     run.log(f"test kNN {ours['knn']:.4f}, linear {ours['linear']:.4f} (random init {fresh['knn']:.4f}, "
             f"{fresh['linear']:.4f}) | {run.seconds:.0f} s of training | peak {memory:.0f} MB | pictures in "
             f"{run.out}", seconds=run.seconds, **flat, final=True, peak_mb=memory)
+    draw_neighbours(encode, train_split, test, run.out / "neighbours.png", autocast)
 
 
 def draw_pairs(c):
@@ -1388,6 +1413,8 @@ def pick_device(name, dtype, units="amx_bf16"):
     with one_line(f"--device {name} is not here"):
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
         torch.zeros(1, device=device).item()
+    if device.type == "mps" and int(os.environ.get("WORLD_SIZE", 1)) > 1:  # gloo can't move its tensors
+        raise UserError("several processes can't share work on mps: add --device cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where fp32 is left
@@ -1451,6 +1478,9 @@ def main(argv=None):
         print(f"simclr.py: {error}", file=sys.stderr)
         return error.status
     except (MemoryError, RuntimeError) as error:  # torch has a RuntimeError for it, on a CPU a plain one
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            print(f"simclr.py: --compile failed, leave it out: {' '.join(str(error).split())[:200]}", file=sys.stderr)
+            return 1
         if isinstance(error, RuntimeError) and not re.search("(out of|allocate|enough) memory", str(error)):
             raise
         print(f"simclr.py: out of memory ({' '.join(str(error).split())[:200]}): lower --batch_size, or give "

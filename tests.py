@@ -224,6 +224,68 @@ class TestHouse(Case):
                 self.assertIn("optimizer", last)
                 self.assertEqual((last["step"], last["config"]), (3, config))
 
+    def test_last_row(self):
+        """A disk that fills up, or memory that ends, while a run's last pictures are made does not lose its result."""
+        for script, flags, what in (("vit", [], "write_png"), ("ijepa", [], "neighbours_png"),
+                                    ("simclr", [], "draw_neighbours"),
+                                    ("resnet", ["--save_logits", self.dir / "logits.npy"], "predict")):
+            with self.subTest(script=script), folder(self.dir):
+                module = importlib.import_module(script)
+                real = getattr(module, what)
+
+                def fails(*args, **more):
+                    if what == "predict" and more.get("views") != 2:  # the test's six come first
+                        return real(*args, **more)
+                    raise module.UserError("the disk is full", 1)
+
+                flags = ["--steps", 2, "--out", script, *SHORT[script], *flags]
+                with mock.patch.object(module, what, fails), mock.patch.object(module, "rankme", len, create=True):
+                    status, _, err = run(script, *flags)  # rankme of pixels takes long
+                self.assertEqual((status, err), (1, f"{script}.py: the disk is full\n"))
+                rows = [json.loads(line) for line in (Path(script) / "log.jsonl").read_text().splitlines()]
+                self.assertTrue(rows[-1].get("final") and any(key.startswith("test_") for key in rows[-1]), rows[-1])
+
+    def test_out_of_memory(self):
+        """One line and status 1; a compiler that fails too; other errors of torch are not hidden."""
+        said = "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried\nto"
+        no_compiler = torch._dynamo.exc.TorchDynamoException("No working C++ compiler found\nin PATH")
+        for script in SCRIPTS:
+            if script != "puzzles":
+                module = importlib.import_module(script)
+                for error, says in ((RuntimeError(said), "out of memory"), (MemoryError(), "out of memory"),
+                                    (no_compiler, "--compile failed")):
+                    with self.subTest(script=script, error=error), mock.patch.object(module, "train",
+                                                                                     side_effect=error):
+                        status, _, err = run(script, *["--compile"] * (says[0] == "-"), "--out", self.dir)
+                        self.assertEqual(status, 1)
+                        self.assertRegex(err, rf"\A{script}\.py: {says}[^\n]+\n\Z")
+                with mock.patch.object(module, "train", side_effect=RuntimeError("a bug")):
+                    self.assertRaisesRegex(RuntimeError, "a bug", run, script, "--out", self.dir)
+
+    def test_disk_gone(self):
+        """On a disk that has become read-only, not even the temporary file can be removed: still one line."""
+        gone = OSError(errno.EROFS, "Read-only file system")
+        for script in SCRIPTS:
+            module = importlib.import_module(script)
+            with self.subTest(script=script), mock.patch("os.replace", side_effect=gone), mock.patch.object(
+                    Path, "unlink", side_effect=gone):
+                with self.assertRaisesRegex(module.UserError, "can't write .*Read-only"):
+                    module.write_atomic(self.dir / "x", b"text")
+
+    def test_round_ticks(self):
+        """Round numbers, equally far apart, around what they are for, however near to one another that is."""
+        import gpt2
+        rng = np.random.default_rng(0)
+        pairs = [(0, 0), (5, 5), (-3, -3), (0, 1800), (0.2672, 0.4031), (0, 1e-30), (1e20, np.nextafter(1e20, 1e21))]
+        pairs += [sorted(rng.normal(size=2) * 10.0 ** rng.uniform(-9, 9)) for _ in range(500)]
+        for low, high in pairs:
+            ticks = gpt2.round_ticks(float(low), float(high))
+            step = ticks[1] - ticks[0]
+            self.assertTrue(2 <= len(ticks) <= 8 and step > 0, (low, high, ticks))
+            self.assertTrue(np.allclose(np.diff(ticks), step, rtol=1e-6), ticks)
+            self.assertTrue(ticks[0] <= low + 1e-9 * step and ticks[-1] >= high - 1e-9 * step, (low, high, ticks))
+            self.assertIn(round(step / 10.0 ** math.floor(math.log10(step) + 1e-9), 6), (1, 2, 5), ticks)
+
     def test_import_does_nothing(self):
         """Importing prints nothing, writes nothing, and leaves random states, threads and signal handlers alone."""
         code = """if True:
@@ -379,8 +441,8 @@ FIGURES = [
     ("flash_attn/default_seed0", "after {seconds:.0f} s of training"),
     ("flash_attn/default_seed0", "saves {kept_mb:.1f} MB per sequence"),
     ("flash_attn/default_seed0", "naive attention saves {kept_naive_mb:.1f} MB"),
-    ("flash_attn/torch", "instead of {seconds:.0f}, and"),
-    ("flash_attn/naive", "naive attention takes {seconds:.0f} s"),
+    ("flash_attn/torch", "the first command takes {seconds:.0f} s and {peak_mb:.0f} MB"),
+    ("flash_attn/naive", "naive attention takes {seconds:.0f} s, and {peak_mb:,.0f} MB"),
     ("puzzles/train_seed0", "test loss {test_loss:.4f} | accuracy {test_accuracy:.4f} | {seconds:.0f} s of training | "
                             "peak {peak_mb:.0f} MB"),
 ]
@@ -1719,9 +1781,10 @@ class TestGPT2(Case):
                 --grad_accum 0, --block_size 0, --eval_every 0, --log_every 0, --dropout 1.5, --dropout nan,
                 --weight_decay -0.1, --weight_decay inf, --grad_clip nan, --beta2 1, --beta2 1.5, --patience -1,
                 --seed -1, --prompt=, --sample_tokens -1, --temperature -1, --temperature nan, --temperature inf,
-                --top_k 0, --top_p 0, --top_p 1.1, --resume --init x.pt,
+                --top_k 0, --top_p 0, --top_p 1.1, --resume --init x.pt, --resume --sample_only,
                 --optimizer sophia --dtype float16""".split(","):
             self.bad(*self.tiny, *flags.split())
+        self.bad("--prompt", b"a\xff".decode("utf-8", "surrogateescape"), says="--prompt")
         self.bad(*self.tiny, "--lr", "nan", says=("--lr", "nan"))
         self.bad(*self.tiny, "--optimizer", "sgd", says=("sgd", "muon"))
         self.bad(*self.tiny, "--n_embd", 30, "--n_head", 4, says=(30, 4))
@@ -1741,7 +1804,8 @@ class TestGPT2(Case):
         for path, *says in (
                 (self.dir / "nowhere", "nowhere"), (self.dir / "no.txt", "no.txt"), (self.dir / "empty", "empty"),
                 (file("none.txt", b""), "none.txt"), (file("short.txt", b"0123456789"), "short.txt", 16),
-                (file("binary.txt", bytes(range(256)) * 9), "binary.txt"), (file("none.bin", b""), "none.bin"),
+                (file("binary.txt", bytes(range(256)) * 9), "binary.txt"), (self.dir / ("x" * 300), "too long"),
+                (file("mixed/a.pyc", bytes(range(256)) * 9).parent, "a.pyc"), (file("none.bin", b""), "none.bin"),
                 (file("odd.bin", b"abc" * 333), "odd.bin"), (file("short.bin", b"a\0" * 9), 16),
                 (file("large.bin", np.full(900, 999, np.uint16).tobytes()), 999, 256),
                 (file("none.jsonl", b""), "none.jsonl"),
@@ -3087,7 +3151,7 @@ class TestResNet(Case):
                 radius = math.hypot(float(x) - box - 155, float(y) - 30 - 155) / 155
                 self.assertAlmostEqual(radius, level, delta=0.005)
         text = [e.text for e in svg.iter() if e.tag.endswith("text")]
-        self.assertEqual(text, ["one", "two", "flat", "0.3", "0.6"])
+        self.assertEqual(text, ["one", "two", "flat", "loss", "0.3", "0.6"])
 
     def test_landscape(self):
         """Two checkpoints, two panels; the surfaces' middle is the loss of the first training images."""
@@ -3124,11 +3188,14 @@ class TestResNet(Case):
                 --init nowhere/resnet18-f37072fd.pth, --optimizer muon, --optimizer muon --arch fast --freeze,
                 --optimizer muon --arch fast --norm layer, --optimizer muon --arch fast --backbone_lr 0.5,
                 --arch fast --weight_init xavier, --plain --drop_path 0.1, --batch_size 1, --image_size 15,
-                --figure6 --full_train, --figure6 --save_logits x.npy, --grid 1, --grid 4, --save_logits x.txt,
+                --figure6 --full_train, --figure6 --save_logits x.npy, --figure6 --arch resnet32,
+                --figure6 --plain, --grid 1, --grid 4, --save_logits x.txt,
                 --save_logits x, --save_logits none/x.npy, --landscape nowhere.pt, --landscape=""".split(","):
             self.bad(*self.tiny, *flags.split())
         self.bad("--lr", "nan", says=("--lr", "nan"))
         self.bad("--arch", "resnet21", says=("resnet21", "resnet20", "wrn28-10"))
+        with mock.patch.dict(os.environ, WORLD_SIZE="2"):
+            self.bad("--figure6", says="torchrun")
         self.bad("--resume", "--out", self.dir / "none", says="ckpt.pt")
         (self.dir / "text.txt").write_text("hello")
         self.bad(*self.tiny, "--out", self.dir / "text.txt", says="text.txt", status=1)
@@ -5302,6 +5369,9 @@ class TestFlashAttn(Case):
                 status, _, err = run("flash_attn", *self.tiny, *flags)
             self.assertEqual(status, 2, (flags, err))
             self.assertRegex(err, r"\Aflash_attn\.py: [^\n]+\n\Z", flags)
+        with mock.patch.dict(os.environ, WORLD_SIZE="2"):
+            status, _, err = run("flash_attn", *self.tiny, "--out", self.dir)
+        self.assertTrue(status == 2 and "torchrun" in err, err)
         self.assertEqual(snapshot(self.dir), {})
         (self.dir / "text.txt").write_text("hello")
         status, _, err = run("flash_attn", *self.tiny, "--out", self.dir / "text.txt")
@@ -6144,6 +6214,10 @@ class TestMAE(Case):
         for flags in (["--dim", 64], ["--decoder_depth", 2], ["--patch_size", 16]):
             self.bad(*self.tiny, "--init", self.dir / "cls/best.pt", *flags, says=flags[0])
         self.bad(*self.tiny, "--init", self.dir / "mean/best.pt", "--pool", "cls", says="class token")
+        large = self.train("large", "--steps", 1, "--patch_size", 16)
+        self.bad("--init", large.out / "best.pt", "--mask_ratio", 0.8, says="removes all")  # of four patches
+        alone = self.pth("alone.pth", random_vit(official_mae_shapes(32, 2, 8, 32)))
+        self.bad("--init", alone, "--patch_size", 8, says="without its decoder")
         # the sizes are the file's where no flag says otherwise
         status, _, err = run("mae", "--init", self.dir / "mean/best.pt", "--steps", 1, "--out", self.dir / "c",
                              "--batch_size", 8, "--probe_images", 40, "--pool", "mean")
@@ -7011,7 +7085,7 @@ class TestSimCLR(Case):
         first = [row for row in b.rows if "knn" in row][0]
         self.assertEqual(first["knn"], a.knn[6])
         self.assertNotEqual(first["rankme"], a.rows[0]["rankme"])
-        model = vit.ViT(32, 8, 24, 2, 3, 5)
+        model = vit.ViT(32, 8, 96, 2, 3, 5)  # no width that the flag could have
         saved = dict(model=model.state_dict(), model_config=model.settings, config={}, step=1,
                      encoder={k: t for k, t in model.state_dict().items() if not k.startswith("head.")},
                      encoder_config=model.settings)
@@ -7019,9 +7093,9 @@ class TestSimCLR(Case):
         with small_simclr(size=32):
             c = self.train("c", *flags, "--init", self.dir / "vit.pt", "--encoder", "vit", tiny=False)
             d = self.train("c", "--resume", "--steps", 2, tiny=False)
-        self.assertEqual(c.ckpt["encoder_config"], dict(image_size=32, patch_size=8, dim=24, depth=2, heads=3,
+        self.assertEqual(c.ckpt["encoder_config"], dict(image_size=32, patch_size=8, dim=96, depth=2, heads=3,
                                                         pool="cls"))
-        self.assertEqual((c.ckpt["config"]["width"], c.ckpt["config"]["depth"], d.ckpt["step"]), (24, 2, 2))
+        self.assertEqual((c.ckpt["config"]["width"], c.ckpt["config"]["depth"], d.ckpt["step"]), (96, 2, 2))
         for flags in (["--init", a.out / "ckpt.pt", *self.vit], ["--init", a.out / "ckpt.pt", "--width", 24],
                       ["--init", self.dir / "vit.pt"],
                       ["--init", self.dir / "vit.pt", "--encoder", "vit", "--width", 64],
@@ -7033,6 +7107,17 @@ class TestSimCLR(Case):
         torch.save(saved | dict(encoder_config=big.settings, encoder={
             k: t for k, t in big.state_dict().items() if not k.startswith("head.")}), self.dir / "big.pt")
         self.bad("--init", self.dir / "big.pt", "--encoder", "vit", says="64 pixels")
+
+    def test_compile(self):
+        """The compiled network learns as the eager one does, with chunks too, batch norm's statistics included."""
+        compiled, name = functools.partial(torch.compile, backend="eager"), "encoder.bn1.running_mean"
+        for flags in ([], ["--chunk", 4], ["--loss", "moco"]):
+            with self.subTest(flags=flags), mock.patch.object(torch, "compile", compiled):
+                a = self.train("a", *flags, "--steps", 3, "--compile")
+                b = self.train("b", *flags, "--steps", 3)
+                for step, loss in b.losses.items():
+                    self.assertAlmostEqual(a.losses[step], loss, delta=1e-4 * loss)
+                self.close(a.ckpt["model"][name], b.ckpt["model"][name], 1e-5)
 
     def test_torchrun(self):
         """Two processes update as one does with the joined batch, batch norm, queue and all; one of them speaks."""
@@ -8426,9 +8511,11 @@ class TestIJEPA(Case):
                 --seed -1, --labels 0, --labels 2, --crop 32, --crop -1, --dtype int8, --device nowhere,
                 --data nowhere, --data=, --out=, --no_such_flag 1, --step 5, --steps, stray, --resume,
                 --resume --init x.pt, --init nowhere.pt, --init=, --init IN1K-vit.h.14-300e, --compare=,
-                --compare nowhere.pt, --compare nowhere""".split(","):
+                --compare nowhere.pt, --compare nowhere,
+                --patch_size 4 --target_max 0.65""".split(","):
             self.bad(*self.tiny, *flags.split())
         self.bad("--patch_size", 5, says=("--patch_size", "5", "32"))
+        self.bad("--show_masks", "--compare", HERE / "tests.py", says="give one of them")
         self.bad("--tsne_images", 4000, says=("--tsne_images", "4000", "3000"))
         self.bad("--target_min", 0.5, says=("--target_min", "0.5", "--target_max 0.2"))
         for flags in ("--target_min 0.9 --target_max 1", "--target_min 0.5 --target_max 0.6 --context_min 0.1"):
@@ -8760,7 +8847,8 @@ class TestPuzzles(Case):
             rowsum="x @ where(x[0] == x[0], 1.0, 0.0)[:, None]",
                 embedding_backward="where(arange(V)[:, None] == ids, 1.0, 0.0) @ d",
             repeat="a[None] * ones(d)[:, None]", causal_mask="~(arange(j) > arange(i)[:, None] + (j - i))",
-            flip="a[-1 - arange(i)]", pad_to="where(arange(j) < i, a[where(arange(j) < i, arange(j), 0)], 0)")
+            flip="a[-1 - arange(i)]", pad_to="where(arange(j) < i, a[where(arange(j) < i, arange(j), 0)], 0)",
+            rope="x * cos + rotate_half(x * sin, D)")
         self.assertEqual({name: fault for name, fault in found.items() if fault}, {})
 
     def test_order_of_complaints(self):
@@ -8828,6 +8916,10 @@ class TestPuzzles(Case):
         self.assertIn("got 2 outputs", self.do("check", "linear_backward", status=1)[0])
         self.assertIn("can't be computed", self.do("check", "conv1d", status=1)[0])
         self.assertIn("shape (0, 1)", self.do("check", "unit", status=1)[0])
+        for line, says in (("()", "got 0 outputs"), ("d @ w.mT, 3, colsum(d)", "wanted, output 2 of 3")):
+            self.answer(linear_backward=line)
+            out = self.do("check", "linear_backward", status=1)[0]
+            self.assertTrue(says in out and "has a wrong type" in out, out)
 
     # the rules
 
@@ -8901,6 +8993,9 @@ class TestPuzzles(Case):
         for name in ("ones", "sum", "diag"):
             self.assertEqual(found[name]["error"], "it asks for more than 300 MB of memory")
         self.assertRegex(found["outer"]["error"], "^stopped: over 1 seconds")
+        with contextlib.redirect_stdout(io.StringIO()) as out:  # which case it was nobody knows
+            self.puzzles.explain(self.all["outer"], found["outer"])
+        self.assertRegex(out.getvalue(), r"\A✗ 3\. outer: stopped[^\n]+\n\Z")
         self.assertTrue(found["eye"].get("error") or found["eye"]["what"] == "type")
         self.assertTrue(found["flip"]["error"] and found["cumsum"]["error"])
         self.assertIsNone(found["roll"])
@@ -8916,6 +9011,16 @@ class TestPuzzles(Case):
             cumsum="a @ triu(a.shape[0])")
         self.assertEqual([name for name in found if found[name]], ["ones", "triu"])
 
+    def test_editors(self):
+        """A byte order mark, and any line ends."""
+        for mark, end in itertools.product((b"", b"\xef\xbb\xbf"), (b"\n", b"\r\n", b"\r")):
+            lines = b"def ones(i):", b"    return arange(i) * 0 + 1", b"def sum(a):", b"    return tensor(a)", b""
+            (self.dir / "my_puzzles.py").write_bytes(mark + end.join(lines))
+            with folder(self.dir):
+                answers = self.puzzles.read_answers()
+            self.assertEqual(answers["ones"], ("arange(i) * 0 + 1", None))
+            self.assertIn("line 4, column 12: tensor", answers["sum"][1])
+
     def test_broken_answers(self):
         """A my_puzzles.py that can't be read gets one line, status 2, and is left alone."""
         good = b"def ones(i):\n    return arange(i) * 0 + 1\n"
@@ -8925,6 +9030,7 @@ class TestPuzzles(Case):
                               (good + b"def sum(a):\n    return " + b"(" * 10**7 + b"\n", "megabyte"),
                               (good + b"def sum(a):\n    return " + b"(" * 10**4 + b"\n", "line 4"),
                               (good + b"\0", "null"),
+                              (b"def sum(a):\n    return (i()" + b"()\n" * 2000 + b")", "my_puzzles.py"),
                               (b"def sum(a):\n    return " + b"(" * 250 + b"a" + b")" * 90, "parentheses"),
                               (b"def sum(a):\n    return (\n" + b"-\n" * 200000 + b"a)\n", "my_puzzles.py"),
                               (b"import os\n", "line 1"), (b"  def ones(i): return i", "indent")):
@@ -8979,8 +9085,8 @@ class TestPuzzles(Case):
         self.assertIn("✓ 1. ones: right in 500 cases", self.do("check", 1)[0])
         self.assertIn("1 right, ", self.do("check", status=1)[0])
         board, _ = self.do()
-        for part in ("The 21: 1 of 21", "✓  1 ones", "✗  3 outer", "3 hints", "· 4 diag".replace("· ", "·  "),
-            "1 hints ",
+        for part in ("The 21: 1 of 21", "✓  1 ones", "✗  3 outer", "hints: 3", "· 4 diag".replace("· ", "·  "),
+            "hints: 1 ",
                      "revealed", "Next: python puzzles.py show sum"):
             self.assertIn(part, board)
         self.assertEqual({p.name for p in self.dir.iterdir()}, {"my_puzzles.py", "my_puzzles.json"})
@@ -9006,6 +9112,7 @@ class TestPuzzles(Case):
                          ["train", "fast"],
                      ["train", "--momentum", 1], ["train", "--out="], ["train", "--seed", -1], ["train", "--width",
                          0], ["train", "--resume"],
+                     ["train", "--width", 10**12], ["train", "--batch_size", 10**12], ["train", "--steps", 2**20 + 1],
                      ["train", "--mine"], ["train", "--batch_size", 1.5]):
             with self.subTest(argv=argv):
                 self.do(*argv, status=2)
@@ -9412,7 +9519,8 @@ class BenchGPT2:
         for path in sorted((HERE / "assets" / "logs" / "gpt2").glob("*_seed1.jsonl")):
             series[path.name.split("_")[0]] = [json.loads(line) for line in path.read_text().splitlines()[1:]]
         for key, label in (("step", "step"), ("seconds", "seconds of training, one core")):
-            lines = {name: [(row[key], row["loss"]) for row in rows if "loss" in row] for name, rows in series.items()}
+            lines = {name: [(row[key], row["loss"]) for row in rows if row.get("loss", 9) < 3.2]  # not the first steps
+                     for name, rows in series.items()}
             path = HERE / "assets" / f"gpt2_optimizers_{key}.svg"
             gpt2.curves_svg(path, lines, label, "training loss, nats per byte")
 
@@ -9685,18 +9793,14 @@ class BenchFlashAttn(Bench):
         subprocess.run([sys.executable, "-c", code], cwd=HERE, check=True)
 
     def curves(self, *flags):
-        """The default run with flash_attention and with attention: logs in assets/logs/flash_attn/, and a chart."""
-        fa, series = importlib.import_module("flash_attn"), {}
+        """The default run with flash_attention and with attention: logs in assets/logs/flash_attn/."""
         for backend in ("torch", "naive"):
             out = Path("out/bench") / f"flash_attn_{backend}"
             flags_ = ["--backend", backend, "--out", str(out), *flags]
             code = f"import sys, flash_attn; sys.exit(flash_attn.main({flags_}))"
             subprocess.run([sys.executable, "-c", code], check=True)  # each with a peak of its own
-            rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
             last = self.keep(out, backend)
-            series[backend] = [(row["step"], row["loss"]) for row in rows if "loss" in row]
             print(backend, {k: last[k] for k in ("test_accuracy", "seconds", "peak_mb")}, flush=True)
-        fa.curves_svg(HERE / "assets" / "flash_attn_curves.svg", series, "step", "training loss")
 
 
 class BenchMAE(Bench):
@@ -9893,13 +9997,30 @@ class BenchSimCLR(Bench):
               f"{best['linear']:.4f}", {key: last[key] for key in last if key.startswith("test_")}, flush=True)
         return best["knn"]
 
+    def objective(self, loss, *flags):
+        """Half an hour of one objective, at that rate of three which was best after three minutes."""
+        own = ["--loss", loss, "--batch_size", 128, "--data", "cifar10", *flags]
+        own += ["--temperature", 0.1] if loss == "moco" else []  # as in its authors' code for CIFAR-10
+        rate = max((1e-3, 2e-3, 4e-3), key=lambda lr: self.timed(f"{loss}_lr{lr}", 3, *own, "--lr", lr))
+        self.timed(loss, 30, *own, "--lr", rate, test=True)
+
     def hours(self, *flags):
-        """Half an hour per objective, each at that rate of three which was best after three minutes."""
+        """Half an hour per objective, then the chart."""
         for loss in ("simclr", "moco", "vicreg"):
-            own = ["--loss", loss, "--batch_size", 128, "--data", "cifar10", *flags]
-            own += ["--temperature", 0.1] if loss == "moco" else []  # as in its authors' code for CIFAR-10
-            rate = max((1e-3, 2e-3, 4e-3), key=lambda lr: self.timed(f"{loss}_lr{lr}", 3, *own, "--lr", lr))
-            self.timed(loss, 30, *own, "--lr", rate, test=True)
+            self.objective(loss, *flags)
+        self.curves()
+
+    def curves(self):
+        """A chart of kNN on validation images against seconds of training, from the three objectives' logs."""
+        series = {}
+        for loss in ("simclr", "moco", "vicreg"):
+            path = HERE / "assets" / "logs" / "simclr" / f"{loss}.jsonl"
+            rows = [row for row in map(json.loads, path.read_text().splitlines()) if "knn" in row]
+            series[loss] = [(row["seconds"], row["knn"]) for row in rows]
+            for name in ("pixels", "random_init"):
+                series[name.replace("_", " ")] = [(row["seconds"], row[f"knn_{name}"]) for row in rows]
+        importlib.import_module("simclr").curves_svg(HERE / "assets" / "simclr_knn.svg", series, "seconds of training",
+                                                     "kNN, validation")
 
     def temperatures(self, *flags):
         for t in (0.1, 0.2, 0.5, 1):

@@ -13,28 +13,29 @@ convolutions, another network's pre-training (--init) or another network's answe
     python vit.py --data cifar10 --init deit_tiny_patch16_224 --image_size 224 --lr 5e-4 --layer_decay 0.75 --epochs 3
     python vit.py --data cifar10 --init out/mae/ckpt.pt --lr 1e-3 --layer_decay 0.75       # or ijepa's, simclr's
     python vit.py --data cifar10 --patch_size 4 --teacher logits.npy   # what resnet.py --save_logits wrote
-    python vit.py --show_augment                        # augment.png: what the network gets to see
+    python vit.py --show_augment --trivial --cutmix 1   # augment.png: what the network gets to see
     torchrun --nproc_per_node=8 vit.py --data cifar10 --arch small6 --patch_size 4 --epochs 300 --compile
 
-and in Python: model = ViT.from_pretrained("vit_b_16").eval(), model(normalise(images, model.stats)).
+and in Python: model = ViT.from_pretrained("vit_b_16").eval(); logits = model(normalise(images, model.stats))
 
 What to expect (torch 2.13.0, two cores of an AMD EPYC, seed 0, n = 1; logs in assets/logs/vit/):
-- python vit.py: test accuracy 71.9% on shapes (a linear classifier: below 35%), 94 s of training in bfloat16 on one
+- python vit.py: test accuracy 71.9% on shapes (a linear probe of pixels: 17%), 94 s of training in bfloat16 on one
   core
 - A training step of 192 × 6, patch 4, batch 256, in bfloat16 by AVX-512: 2.15 times as fast as the same model in plain
   fp32 eager, 1.41 times as under autocast with torch's attention; all augmentation is 1.6% of it: BenchViT.speed
 - CIFAR-10, JPEG copy, 192 × 6, patch 4, crop and flip: test accuracy 71.27% for 0.5 PFLOP (6 × MACs × images), 58
   minutes on one core: BenchViT.recipe; [1]'s network with plain targets 62.97%: BenchViT.plain. For a quarter of that
-  compute 59.52%; with TrivialAugment 57.56%, cutmix 48.51%, without the conv stem 56.04%, with a class token 60.17%;
-  [1]'s network with plain targets 51.30%: BenchViT.ablation
+  compute, 2.5 epochs, 59.52%; with TrivialAugment 57.56%, cutmix 48.51%, without the conv stem 56.04%, with a class
+  token 60.17%; [1]'s network with plain targets 51.30%: BenchViT.ablation
 - ResNet-56 beside a ViT of as many parameters, conv stem, patch 4, .125 PFLOP each, the best of four rates: on a tenth
   of the images 64.28% and 60.78%, on all 68.95% and 70.36%: BenchViT.cnn
 - On a GPU: not yet measured
 
 Differs from [1]: by default a stem of convolutions, fixed 2-D positions and the mean of the patches (--no-conv_stem
---pos learned --pool cls is the paper's network); AdamW, decay .05 on weights alone, no dropout. From [2]: no repeated
-augmentation, no distillation token, one head learns from labels and teacher, and the teacher's answers are stored, for
-unmixed images; TrivialAugment [3] where it has RandAugment. Changes from [3] to [6] are noted where they are.
+--pos learned --pool cls is the paper's network, but for the hidden layer in its head); AdamW, decay .05 on weights
+alone, smoothed labels, no dropout. From [2]: no repeated augmentation, no distillation token, one head learns from
+labels and teacher, and the teacher's answers are stored, for unmixed images; TrivialAugment [3] where it has
+RandAugment. Changes from [3] to [6] are noted where they are.
 
 Shapes: B batch, N patches (with the class token where there is one), C channels, H heads, D head dim, P patch side;
 images are (B, 3, height, width), uint8 until normalised; of the augmentations, H and W are height and width.
@@ -46,8 +47,8 @@ images are (B, 3, height, width), uint8 until normalised; of the augmentations, 
 [9] Hinton et al. 2015, Distilling, arXiv 1503.02531v1           [10] Bao et al. 2021, BEiT, arXiv 2106.08254v2
 """
 
-import argparse, contextlib, copy, dataclasses, functools, gc, hashlib, inspect, itertools, json, math, os, re, signal
-import struct, sys, tarfile, time, typing, zlib
+import argparse, contextlib, copy, dataclasses, gc, hashlib, inspect, json, math, os, re, signal, struct, sys, tarfile
+import time, typing, zlib
 from pathlib import Path
 
 import numpy as np
@@ -69,14 +70,27 @@ class UserError(ValueError):
 
 # ---- config --------------------------------------------------------------------------------------------------------
 
+FRESH = dict(patch_size=8, pool="mean", pos="sincos", conv_stem=True)  # what a new network has, unless flags say else
+# names of --arch: width, depth, heads
+SIZES = dict(mini=(128, 4, 4), cifar=(192, 6, 3), cifar9=(192, 9, 3), small6=(256, 6, 4), tiny=(192, 12, 3),
+             small=(384, 12, 6), base=(768, 12, 12), large=(1024, 24, 16))
+META, TORCH = "https://dl.fbaipublicfiles.com/deit/", "https://download.pytorch.org/models/"
+OFFICIAL = {  # address, in whose name is the start of the file's SHA-256, and heads
+    "deit_tiny_patch16_224": (META + "deit_tiny_patch16_224-a1311bcf.pth", 3),
+    "deit_small_patch16_224": (META + "deit_small_patch16_224-cd65a155.pth", 6),
+    "deit_base_patch16_224": (META + "deit_base_patch16_224-b5f2ef4d.pth", 12),
+    "vit_b_16": (TORCH + "vit_b_16-c867db91.pth", 12), "vit_b_32": (TORCH + "vit_b_32-d86f8d99.pth", 12),
+    "vit_l_16": (TORCH + "vit_l_16-852ce7e3.pth", 16), "vit_l_32": (TORCH + "vit_l_32-c7638314.pth", 16)}
+
+
 @dataclasses.dataclass
 class Config:
     # data
     data: str = "shapes"  # shapes (drawn by this script), cifar10, or a folder that holds cifar-10-batches-bin/
     data_dir: str = "data"  # where downloads land
-    labels: float = 1.0  # fraction of the training images that is used, the same of each class
+    labels: float = 1.0  # fraction of the training images that is used, of each class alike
     full_train: bool = False  # train on the validation images too: for a last run, when all choices are made
-    image_size: int = 0  # pixels to which images are resized on the device; 0: as they are, with --init as it wants
+    image_size: int = 0  # images are resized to this many pixels a side; 0: as they are, or as --init was trained
     # augmentation: each image draws its own
     crop: int = 4  # pixels by which an image is shifted at most, its border reflected
     flip: bool = True  # mirror half of the images
@@ -86,7 +100,7 @@ class Config:
     cutmix: float = 0.0  # α of the Beta distribution of areas [5]; [2] has 1. With both, a coin per batch decides
     show_augment: bool = False  # write augment.png, a sheet of augmented images, and train nothing
     # model
-    arch: str = "mini"  # mini (128 wide, 4 deep), cifar (192, 6), small6 (256, 6), cifar9 (192, 9), or tiny to large
+    arch: str = "mini"  # mini, cifar, cifar9, small6 (for small images), tiny, small, base or large: see SIZES
     patch_size: int | None = None  # side of a patch in pixels; None: 8 (photos of 32 pixels want 4), or --init's
     pool: str | None = None  # what the head reads: cls, a token [1], or mean, of all patches; None: mean, or --init's
     pos: str | None = None  # position embedding: learned [1], or sincos, 2-D and fixed; None: sincos, or --init's
@@ -135,7 +149,7 @@ class Config:
             if value == "" or name in known and value not in (*known[name], getattr(Config, name)):
                 raise UserError(f"--{name} {value!r}: want {' or '.join(known.get(name, ['some text']))}")
             if type(value) in (int, float) and not (0 < value <= most or value == 0 and name in may_be_0):
-                up_to = f" to {most}" if most < sys.maxsize else ""
+                up_to = ", below 1" if most == 1 - 1e-9 else f", at most {most}" if most < sys.maxsize else ""
                 raise UserError(f"--{name} {value}: want a number {'from' if name in may_be_0 else 'above'} 0{up_to}")
         if self.data not in ("shapes", "cifar10") and not (Path(self.data) / "cifar-10-batches-bin").is_dir():
             raise UserError(f"--data {self.data}: want shapes, cifar10, or a folder that holds cifar-10-batches-bin/")
@@ -184,7 +198,7 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention: each token reads all others, weighted by softmax(q kᵀ / √D): 1706.03762v7 eq. 1."""
+    """Multi-head self-attention: each token reads all tokens, weighted by softmax(q kᵀ / √D): 1706.03762v7 eq. 1."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -239,7 +253,7 @@ class Block(nn.Module):
     def __init__(self, dim, heads, mlp_ratio=4.0, drop_path=0.0):
         super().__init__()
         self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, heads)
-        self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), FeedForward(dim, int(dim * mlp_ratio))
+        self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), FeedForward(dim, round(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x, key_mask=None):
@@ -304,7 +318,7 @@ class ViT(nn.Module):
                                     for i in range(depth))
         self.norm, self.head = nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, num_classes)
         self.apply(init_transformer)
-        nn.init.zeros_(self.head.weight)  # [1]: every class is as likely at first
+        nn.init.zeros_(self.head.weight)  # [1] §3.2, when it fine-tunes: every class is as likely at first
         first = int(pool == "cls")  # tokens before the patches
         table = torch.zeros(1, first + self.grid**2, dim)
         if first:
@@ -404,19 +418,6 @@ def timm_names(weights):
     return weights
 
 
-FRESH = dict(patch_size=8, pool="mean", pos="sincos", conv_stem=True)  # what a new network has, unless flags say else
-# width, depth, heads
-SIZES = dict(mini=(128, 4, 4), cifar=(192, 6, 3), cifar9=(192, 9, 3), small6=(256, 6, 4), tiny=(192, 12, 3),
-             small=(384, 12, 6), base=(768, 12, 12), large=(1024, 24, 16))
-META, TORCH = "https://dl.fbaipublicfiles.com/deit/", "https://download.pytorch.org/models/"
-OFFICIAL = {  # address, in whose name is the start of the file's SHA-256, and heads
-    "deit_tiny_patch16_224": (META + "deit_tiny_patch16_224-a1311bcf.pth", 3),
-    "deit_small_patch16_224": (META + "deit_small_patch16_224-cd65a155.pth", 6),
-    "deit_base_patch16_224": (META + "deit_base_patch16_224-b5f2ef4d.pth", 12),
-    "vit_b_16": (TORCH + "vit_b_16-c867db91.pth", 12), "vit_b_32": (TORCH + "vit_b_32-d86f8d99.pth", 12),
-    "vit_l_16": (TORCH + "vit_l_16-852ce7e3.pth", 16), "vit_l_32": (TORCH + "vit_l_32-c7638314.pth", 16)}
-
-
 def count_macs(model, size):
     """Multiply-adds of one image (3, size, size) in convolutions and matrix products. Leaves it in evaluation mode."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -438,11 +439,12 @@ def augment(images, index, dy, dx, mirror):
     columns = torch.where(mirror[:, None], W - 1 - columns, columns)
     columns = reflect(columns + dx[:, None], W)
     rows = reflect(torch.arange(H, device=images.device) + dy[:, None], H)  # (B, H)
+    # indices on both sides of a slice put their own axes first: (B, H, W, C)
     return images[index[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)  # (B, C, H, W)
 
 
 def normalise(images, stats, size=0):
-    """uint8 (B, 3, H, W) to floats of about zero mean and unit variance, resized to size × size if that is not 0."""
+    """Pixels (B, 3, H, W), 0 to 255, to floats of about zero mean, unit variance, resized to size × size unless 0."""
     mean, std = (torch.tensor(s, device=images.device)[:, None, None] for s in stats)
     x = (images / 255 - mean) / std
     return F.interpolate(x, (size, size), mode="bilinear") if size else x
@@ -545,7 +547,7 @@ def mix(x, share, box=None):
 
 def batch_index(n, batch_size, seed, step, slot, slots):
     """Which of n images make the slot-th of the slots micro-batches of a step: indices (batch_size,), and the epoch.
-    Each epoch has an order of its own; all depends on (seed, step, slot) alone."""
+    Each epoch has an order of its own; all depends on (seed, step, slot, slots) alone."""
     size = batch_size * slots
     epoch, position = divmod(step, max(1, n // size))
     order = np.random.default_rng((seed, 1, epoch)).permutation(n)
@@ -592,7 +594,7 @@ def augmented_batch(c, images, labels, teacher, classes, stats, step, slot, slot
 # ---- objective and optimiser ---------------------------------------------------------------------------------------
 
 def objective(logits, targets, hints, c):
-    """Cross-entropy of logits (B, classes) with target probabilities; --distill of it with the teacher's instead.
+    """Cross-entropy of logits (B, classes) with target probabilities; a share --distill of it with the teacher's.
 
     Soft: the teacher's probabilities at a temperature T, times T² since gradients shrink by it ([9] §2; the divergence
     in [2] eq. 2 differs by the teacher's entropy, a constant). Hard: the teacher's choice ([2] eq. 3).
@@ -670,7 +672,7 @@ def vit_step(model, raw, ema, optimizer, autocast, train, teacher, c, step, step
         nn.utils.clip_grad_norm_([p for p in raw.parameters() if p.requires_grad], c.clip)
     optimizer.step()
     optimizer.zero_grad()
-    if ema is not None:  # short at first, so that the random start is soon forgotten
+    if ema is not None:  # an average of few steps at first, so that the random start is soon forgotten
         update_average(ema, raw, min(c.ema, (step + 1) / (step + 10)))
     return total
 
@@ -760,7 +762,7 @@ def make_shapes(n, seed):
 
 
 def balanced_subset(labels, fraction):
-    """Indices, ascending, of the first images of each class, a fraction of it: the data is in random order as it is."""
+    """Indices, ascending, of the first images of each class, a fraction of the class: the data is in random order."""
     classes = [(labels == k).nonzero().flatten() for k in labels.unique()]
     return torch.cat([k[:max(1, round(fraction * len(k)))] for k in classes]).sort().values
 
@@ -838,7 +840,7 @@ def download(url, path, checksum=None):
                 part.unlink()
             if have != total:
                 raise OSError(f"it ended after {have} of {total} bytes")
-        if not hashlib.new(kind, part.read_bytes()).hexdigest().startswith(digits):
+        if digits and not hashlib.new(kind, part.read_bytes()).hexdigest().startswith(digits):
             part.unlink()
             raise UserError(f"{url} is not the published file, its {kind} differs: deleted, try again")
         os.replace(part, path)
@@ -856,7 +858,8 @@ def write_atomic(path, *content):
                 os.fsync(file.fileno())
             os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a disk that can't be written has its own message above
+            temporary.unlink()
 
 
 def load_checkpoint(path):
@@ -867,22 +870,34 @@ def load_checkpoint(path):
     return saved
 
 
+def round_ticks(low, high):
+    """Some round numbers from low or just below to high or just above, 1, 2 or 5 · 10^n apart, two to seven."""
+    least = (high - low if high - low > 1e-9 * abs(high) else abs(high) or 1) / 5  # less is rounding
+    power = 10.0 ** math.floor(math.log10(least))
+    step = next(power * m for m in (1, 2, 5, 10) if power * m >= least)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    return [step * i for i in range(first, max(last, first + 1) + 1)]
+
+
 def curves_svg(path, series, x_label, y_label):
-    """A chart of {name: [(x, y), ...]}; the names stand in the corner in their lines' colours."""
-    (x0, x1), (y0, y1) = [(min(v), max(v)) for v in zip(*(p for line in series.values() for p in line))]
-    svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="-70 -30 640 400" font-family="sans-serif" font-size="12">'
-           '<rect x="-70" y="-30" width="640" height="400" fill="white"/>'
-           f'<text x="275" y="362" text-anchor="middle">{x_label}</text><text x="-62" y="-12">{y_label}</text>']
-    for i in range(6):
-        svg.append(f'<path d="M0 {320 - 64 * i}h550" stroke="#ddd"/>'
-                   f'<text x="-8" y="{320 - 64 * i}" text-anchor="end">{y0 + (y1 - y0) * i / 5:.3g}</text>'
-                   f'<text x="{110 * i}" y="340" text-anchor="middle">{x0 + (x1 - x0) * i / 5:.4g}</text>')
+    """A chart of {name: [(x, y), ...]}; the names stand beside it in their lines' colours."""
+    xs, ys = (round_ticks(min(v), max(v)) for v in zip(*(p for line in series.values() for p in line)))
+
+    def at(x, y):
+        return 550 * (x - xs[0]) / (xs[-1] - xs[0]), 320 * (ys[-1] - y) / (ys[-1] - ys[0])
+
+    svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="-70 -30 790 400" font-family="sans-serif" font-size="12">'
+           '<rect x="-70" y="-30" width="790" height="400" fill="white"/>'
+           f'<text x="275" y="362" text-anchor="middle">{x_label}</text><text x="-62" y="-14">{y_label}</text>']
+    for y in ys:
+        svg.append(f'<path d="M0 {at(0, y)[1]:.1f}h550" stroke="#ddd"/>'
+                   f'<text x="-8" y="{at(0, y)[1] + 4:.1f}" text-anchor="end">{y:.6g}</text>')
+    svg += [f'<text x="{at(x, 0)[0]:.1f}" y="340" text-anchor="middle">{x:.6g}</text>' for x in xs]
     for i, (name, line) in enumerate(series.items()):
         colour = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")[i % 6]
-        points = " ".join(f"{550 * (x - x0) / (x1 - x0 or 1):.1f},{320 * (y1 - y) / (y1 - y0 or 1):.1f}"
-                          for x, y in line)
+        points = " ".join("{:.1f},{:.1f}".format(*at(x, y)) for x, y in line)
         svg.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
-                   f'<text x="540" y="{20 + 16 * i}" text-anchor="end" fill="{colour}">{name}</text>')
+                   f'<text x="560" y="{20 + 16 * i}" fill="{colour}">{name}</text>')
     write_atomic(path, "\n".join([*svg, "</svg>"]).encode())
 
 
@@ -962,7 +977,7 @@ def evaluate(model, images, labels, c, autocast):
     """Mean loss and accuracy on images (N, 3, H, W) uint8."""
     model.eval()
     logits = []
-    for x in images.split(500):
+    for x in images.split(max(1, 500 * 64**2 // max(64, model.grid**2) ** 2)):  # attention's memory grows as N²
         with autocast:
             logits.append(model(normalise(x, model.stats, c.image_size)).float())
     logits = torch.cat(logits)  # (N, classes)
@@ -990,6 +1005,7 @@ def load_vit(c, classes):
     has = tuple(model.settings[name] for name in ("dim", "depth", "heads"))
     if c.arch != Config.arch and SIZES[c.arch] != has:
         raise UserError(f"--arch {c.arch} is {SIZES[c.arch]}, but {source} has width, depth and heads {has}")
+    c.arch = next((name for name, size in SIZES.items() if size == has), c.arch)
     for name in (*FRESH, "image_size"):  # c then says what the model is
         value, has = getattr(c, name), model.settings[name]
         if value not in (None, has) and (value or name != "image_size"):
@@ -1027,7 +1043,7 @@ class RunFolder:
                 file.write(json.dumps(self.rows[-1]) + "\n")
 
     def draw(self, y_label, **keys):
-        """curves.svg, a line for each of names=key that rows have."""
+        """curves.svg: for each name=key of which rows have the key, a line called name."""
         lines = {name: [(row["step"], row[key]) for row in self.rows if key in row] for name, key in keys.items()}
         if self.writes and any(lines.values()):
             curves_svg(self.out / "curves.svg", {k: v for k, v in lines.items() if v}, "step", y_label)
@@ -1046,15 +1062,17 @@ def train(c, interrupts=()):
     device, dtype, autocast = pick_device(c.device, c.dtype, "avx512_bf16")
     if world > 1:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if rank > 0:  # the first rank may have to download
+    local = int(os.environ.get("LOCAL_RANK", rank))
+    if local > 0:  # a machine's first rank may have to download
         torch.distributed.barrier()
     torch.manual_seed(c.seed)  # the same initial weights on every rank
     *splits, classes = load_images(c)
     raw, saved = load_vit(c, len(classes)), load_checkpoint(f"{c.out}/ckpt.pt") if c.resume else None
     teacher = load_teacher(c.teacher, c, len(classes), len(splits[1][1])).to(device) if c.teacher else None
-    if rank == 0 and world > 1:
+    if local == 0 and world > 1:
         torch.distributed.barrier()
     train_split, val, test = [[t.to(device) for t in split] for split in splits]  # uint8, all on the device
+    macs = count_macs(raw, raw.settings["image_size"])  # on the CPU: MPS' attention would go uncounted
     raw.to(device)
     ema = copy.deepcopy(raw).requires_grad_(False) if c.ema else None
     optimizer = adamw(raw, c)
@@ -1067,7 +1085,7 @@ def train(c, interrupts=()):
     model = torch.compile(raw) if c.compile else raw  # raw, not compiled, is what is evaluated and saved
     if world > 1:
         model = nn.parallel.DistributedDataParallel(model)
-    batch, macs = c.batch_size * c.grad_accum * world, count_macs(raw, raw.settings["image_size"])
+    batch = c.batch_size * c.grad_accum * world
     per_epoch = max(1, len(train_split[0]) // batch)
     steps = c.steps or math.ceil(c.epochs * per_epoch)
     run = RunFolder(c, saved, writes=rank == 0)
@@ -1140,17 +1158,17 @@ def validate(run, model, val, steps, c, autocast, world, save):
 
 
 def finish_run(run, model, test, classes, c, autocast, device):
-    """Read the test set, once, with the best weights; draw what they look at; write the log's last row."""
+    """Read the test set, once, with the best weights; write the log's last row; draw what they look at."""
     best = load_checkpoint(run.out / "best.pt")
     model.load_state_dict(best.get("ema") or best["model"])
     scores = evaluate(model, *test, c, autocast)
-    first_of_each = [(test[1] == k).nonzero()[0].item() for k in range(len(classes)) if (test[1] == k).any()]
-    draw_attention(model, test[0][first_of_each], run.out / "attention.png")
-    draw_positions(model, run.out / "positions.png")
     memory = peak_mb(device)
     run.log(f"test accuracy {scores['val_accuracy']:.4f} | {run.seconds:.0f} s of training | peak {memory:.0f} MB | "
             f"pictures in {run.out}", seconds=run.seconds, test_accuracy=scores["val_accuracy"],
             test_loss=scores["val_loss"], final=True, peak_mb=memory)
+    first_of_each = [(test[1] == k).nonzero()[0].item() for k in range(len(classes)) if (test[1] == k).any()]
+    draw_attention(model, test[0][first_of_each], run.out / "attention.png")
+    draw_positions(model, run.out / "positions.png")
 
 
 def draw_augmentations(c):
@@ -1177,6 +1195,8 @@ def pick_device(name, dtype, units="amx_bf16"):
     with one_line(f"--device {name} is not here"):
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
         torch.zeros(1, device=device).item()
+    if device.type == "mps" and int(os.environ.get("WORLD_SIZE", 1)) > 1:  # gloo can't move its tensors
+        raise UserError("several processes can't share work on mps: add --device cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where fp32 is left
@@ -1240,6 +1260,9 @@ def main(argv=None):
         print(f"vit.py: {error}", file=sys.stderr)
         return error.status
     except (MemoryError, RuntimeError) as error:  # torch has a RuntimeError for it, on a CPU a plain one
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            print(f"vit.py: --compile failed, leave it out: {' '.join(str(error).split())[:200]}", file=sys.stderr)
+            return 1
         if isinstance(error, RuntimeError) and not re.search("(out of|allocate|enough) memory", str(error)):
             raise
         print(f"vit.py: out of memory ({' '.join(str(error).split())[:200]}): lower --batch_size", file=sys.stderr)

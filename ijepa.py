@@ -1041,15 +1041,16 @@ def tsne(x, perplexity=30.0, iterations=1000, exaggerated=250):
 
 
 def maps_svg(path, maps, labels, classes):
-    """Maps {name: (N, 2)} side by side, each scaled to its square, points coloured by their labels (N,)."""
+    """Maps {name: (N, 2)}, four to a row, each scaled to its square, points coloured by their labels (N,)."""
     colours = "#4477aa #ee6677 #228833 #ccbb44 #66ccee #aa3377 #bb5522 #000000 #999999 #88cc66".split()
-    width = 320 * len(maps) + 110
-    svg = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} 340" font-family="sans-serif" '
-           f'font-size="12"><rect width="{width}" height="340" fill="white"/>']
+    width, height = 320 * min(4, len(maps)) + 110, 340 * math.ceil(len(maps) / 4)
+    svg = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
+           f'font-size="12"><rect width="{width}" height="{height}" fill="white"/>']
     for i, (name, Y) in enumerate(maps.items()):
         low, high = Y.min(dim=0).values, Y.max(dim=0).values
-        at = (Y - (low + high) / 2) / (high - low).max().clamp(min=1e-9) * 300 + torch.tensor([320 * i + 160, 180])
-        svg.append(f'<text x="{320 * i + 160}" y="18" text-anchor="middle">{html.escape(name)}</text>')
+        x0, y0 = 320 * (i % 4) + 160, 340 * (i // 4) + 180  # its middle
+        at = (Y - (low + high) / 2) / (high - low).max().clamp(min=1e-9) * 300 + torch.tensor([x0, y0])
+        svg.append(f'<text x="{x0}" y="{y0 - 162}" text-anchor="middle">{html.escape(name)}</text>')
         for k in range(len(classes)):  # a class is one path of dots, each a line of no length with round ends
             dots = "".join(f"M{x:.0f} {y:.0f}h0" for x, y in at[labels == k].tolist())
             svg.append(f'<path d="{dots}" stroke="{colours[k % 10]}" stroke-width="3.5" stroke-linecap="round"/>')

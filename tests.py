@@ -378,6 +378,12 @@ class TestHouse(Case):
             said = re.sub(r"\s+", " ", said.format(**row))
             self.assertTrue(said in readme, f"{name}: the README lacks {said!r}")
 
+    def test_readme_comparison(self):
+        """The table of what five ways of learning made of an encoder is that of compare.json."""
+        readme = (HERE / "README.md").read_text()
+        for line in BenchIJEPA().table():
+            self.assertIn(line, readme)
+
     def test_readme_optimizers(self):
         """The table of optimisers is what the logs of three seeds say."""
         for name, lr in ("muon", 0.03), ("adamw", 0.008), ("lion", 0.001), ("sophia", 0.001), ("adam", 0.016):
@@ -10149,6 +10155,22 @@ class BenchIJEPA(Bench):
         text = json.dumps(dict(json.loads(Path("out/bench/compare/compare.json").read_text()), **about("ijepa.py")))
         (HERE / "assets" / "logs" / self.script / "compare.json").write_text(text + "\n")
         self.curves()
+
+    def table(self):
+        """The README's lines about compare.json."""
+        folder, names = HERE / "assets" / "logs" / self.script, dict(
+            supervised="with labels, vit.py", simclr_full="SimCLR", simclr_flip="SimCLR, colours as they are",
+            mae="MAE", ijepa="I-JEPA", random_init="random init", pixels="pixels")
+        keys = ("knn", "linear", "linear_10%", "linear_1%")
+        results = json.loads((folder / "compare.json").read_text())
+        lines = ["| | steps | kNN | linear | 10% of labels | 1% | RankMe | std |", "|---|" + 7 * "---|"]
+        for name, label in names.items():
+            scores, path = results[name], folder / f"{name}.jsonl"
+            steps = f"{json.loads(path.read_text().splitlines()[-1])['step']:,}" if path.exists() else ""
+            cells = [label, steps, *(f"{scores[key] + 1e-9:.1%}" for key in keys), f"{scores['rankme']:.0f}",
+                     f"{scores['std']:.2f}"]
+            lines.append(f"| {' | '.join(cells)} |")
+        return lines
 
     def curves(self):
         """Charts of kNN on validation images from the rows' logs, at equal images and at equal seconds."""

@@ -1112,7 +1112,8 @@ def main(argv=None):
         return error.status
     except (MemoryError, RuntimeError) as error:  # torch has a RuntimeError for it, on a CPU a plain one
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            print(f"flash_attn.py: --compile failed, leave it out: {' '.join(str(error).split())[:200]}", file=sys.stderr)
+            print(f"flash_attn.py: --compile failed, leave it out: {' '.join(str(error).split())[:200]}",
+                  file=sys.stderr)
             return 1
         if isinstance(error, RuntimeError) and not re.search("(out of|allocate|enough) memory", str(error)):
             raise

@@ -947,8 +947,7 @@ def train(c, interrupts=()):
     device, dtype, autocast = pick_device(c.device, c.dtype)
     if world > 1:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    local = int(os.environ.get("LOCAL_RANK", rank))
-    if local > 0:  # a machine's first rank may have to download
+    if (local := int(os.environ.get("LOCAL_RANK", rank))) > 0:  # a machine's first rank may have to download
         torch.distributed.barrier()
     torch.manual_seed(c.seed)  # the same initial weights on every rank
     raw, tokenizer = load_model(c)

@@ -1007,8 +1007,7 @@ def train(c, interrupts=()):
     device, dtype, autocast = pick_device(c.device, c.dtype, "avx512_bf16")
     if world > 1:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    local = int(os.environ.get("LOCAL_RANK", rank))
-    if local > 0:  # a machine's first rank may have to download
+    if (local := int(os.environ.get("LOCAL_RANK", rank))) > 0:  # a machine's first rank may have to download
         torch.distributed.barrier()
     splits = load_images(dataclasses.replace(c, full_train=False))[:3]
     saved = load_checkpoint(f"{c.out}/ckpt.pt") if c.resume else None

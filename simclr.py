@@ -29,8 +29,10 @@ What to expect (torch 2.13.0, two cores of an AMD EPYC, seed 0, n = 1; logs in a
 - A step of ResNet-18, batch 256, augmentation included, in bfloat16 by AVX-512: 50 pairs of images per second, 2.63
   times as many as with per-image PIL transforms in a DataLoader of two workers and fp32 eager; in fp32 1.17 times.
   Augmentation is 0.4% of a step: python tests.py BenchSimCLR.speed
-- Not yet measured: CIFAR-10, half an hour per objective (BenchSimCLR.hours); temperatures .1, .2, .5, 1, and batches of
-  64, 256, 1024 (.temperatures, .batches)
+- CIFAR-10, JPEG copy, batch 128, half an hour on one core, the best of three rates, test images: SimCLR kNN .619,
+  linear .637, MoCo (temperature .1) .571 and .571 (random init .319 and .332, pixels .451 and .412): BenchSimCLR.hours
+- Not yet measured: VICReg beside them; temperatures .1, .2, .5, 1, and batches of 64, 256, 1024
+  (BenchSimCLR.temperatures, .batches)
 - On a GPU: not yet measured
 
 Differs from the papers: all three see the same views, with [1]'s colours for CIFAR-10 and no blur (VICReg's code blurs
@@ -1251,8 +1253,7 @@ def train(c, interrupts=()):
     device, dtype, autocast = pick_device(c.device, c.dtype, "avx512_bf16")
     if world > 1:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    local = int(os.environ.get("LOCAL_RANK", rank))
-    if local > 0:  # a machine's first rank may have to download
+    if (local := int(os.environ.get("LOCAL_RANK", rank))) > 0:  # a machine's first rank may have to download
         torch.distributed.barrier()
     splits = load_images(dataclasses.replace(c, full_train=False))[:3]
     saved = load_checkpoint(f"{c.out}/ckpt.pt") if c.resume else None

@@ -424,11 +424,6 @@ FIGURES = [
     ("ijepa/default_seed0", "linear probe on the test images: {test_linear:.3f}, random init "
                             "{test_linear_random_init:.3f}"),
     ("ijepa/default_seed0", "({seconds:.0f} s of training on one core"),
-    ("ijepa/mae", "takes {step:,} steps in as much time with the same encoder ([log](assets/logs/ijepa/mae.jsonl)), "
-                  "and has {knn:.3f} and {linear:.3f}"),
-    ("ijepa/ijepa", "kNN on the validation images is {knn:.3f} and the linear probe {linear:.3f}; random init has "
-                    "{knn_random_init:.3f} and {linear_random_init:.3f}, the pixels {knn_pixels:.3f} and "
-                    "{linear_pixels:.3f}"),
     *(("ijepa/default_seed0", f"{label:>12}" + "".join(
         f"{{test_{key}{suffix}:>12.4f}}" for key in ("knn", "linear", "linear_10%", "linear_1%", "rankme", "std")))
       for label, suffix in (("ijepa", ""), ("random_init", "_random_init"), ("pixels", "_pixels"))),
@@ -441,6 +436,11 @@ FIGURES = [
     ("simclr/default_seed0", "kNN on the test images: {test_knn:.3f}, random init {test_knn_random_init:.3f}, pixels "
                              "{test_knn_pixels:.3f}"),
     ("simclr/default_seed0", "({seconds:.0f} s of training in bfloat16"),
+    ("simclr/simclr", "{test_knn:.3f} by kNN on the test images and {test_linear:.3f} by the linear probe, with 1% of "
+                      "the labels {test_linear_1%:.3f}; random init has {test_knn_random_init:.3f}, "
+                      "{test_linear_random_init:.3f} and {test_linear_1%_random_init:.3f}, the pixels "
+                      "{test_knn_pixels:.3f}, {test_linear_pixels:.3f} and {test_linear_1%_pixels:.3f}"),
+    ("simclr/moco", "{test_knn:.3f}, {test_linear:.3f} and {test_linear_1%:.3f} after"),
     *(("simclr/default_seed0", f"{label:>12}" + "".join(
         f"{{test_{key}{suffix}:>12.4f}}" for key in ("knn", "linear", "linear_10%", "linear_1%", "rankme", "std")))
       for label, suffix in (("simclr", ""), ("random_init", "_random_init"), ("pixels", "_pixels"))),

@@ -913,7 +913,7 @@ def write_atomic(path, content):
                 os.fsync(file.fileno())
             os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError): temporary.unlink()  # a disk that can't be written has its message above
 
 def load_checkpoint(path):
     """The dict that a run saved. weights_only: nothing is unpickled but tensors and plain values."""

@@ -183,7 +183,7 @@ def check(q, k, v, causal, window, cu_seqlens, backend="torch"):
 # ---- two: softmax of a row that comes in pieces --------------------------------------------------------------------
 
 def safe_softmax(x):
-    """e^(x_j - m) / Σ e^(x_i - m) over the last axis, m = max x: no exponential above 1. Three passes over x."""
+    """e^(x_j - m) / Σ e^(x_i - m) over the last axis, m = max x, so none is above 1. Max, sum, quotient: 3 passes."""
     e = torch.exp(x - x.amax(dim=-1, keepdim=True))
     return e / e.sum(dim=-1, keepdim=True)
 
@@ -687,7 +687,7 @@ def load_checkpoint(path):
 
 
 def round_ticks(low, high):
-    """Some round numbers from low or just below to high or just above, 1, 2 or 5 · 10^n apart, two to seven."""
+    """Some round numbers from low or just below to high or just above, 1, 2 or 5 · 10^n apart, two to eight."""
     least = (high - low if high - low > 1e-9 * abs(high) else abs(high) or 1) / 5  # less is rounding
     power = 10.0 ** math.floor(math.log10(least))
     step = next(power * m for m in (1, 2, 5, 10) if power * m >= least)

@@ -820,7 +820,7 @@ def load_checkpoint(path):
 
 
 def round_ticks(low, high):
-    """Some round numbers from low or just below to high or just above, 1, 2 or 5 · 10^n apart, two to seven."""
+    """Some round numbers from low or just below to high or just above, 1, 2 or 5 · 10^n apart, two to eight."""
     least = (high - low if high - low > 1e-9 * abs(high) else abs(high) or 1) / 5  # less is rounding
     power = 10.0 ** math.floor(math.log10(least))
     step = next(power * m for m in (1, 2, 5, 10) if power * m >= least)

@@ -1093,7 +1093,7 @@ def main(argv=None):
     except UserError as error:
         print(f"gpt2.py: {error}", file=sys.stderr)
         return error.status
-    except (MemoryError, RuntimeError) as error:  # torch has a RuntimeError for it, on a CPU a plain one
+    except (MemoryError, RuntimeError) as error:  # torch's out of memory is one, a plain one on a CPU
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             print(f"gpt2.py: --compile failed, leave it out: {' '.join(str(error).split())[:200]}", file=sys.stderr)
             return 1

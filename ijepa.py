@@ -13,7 +13,7 @@ gets no gradient: else the two would agree soonest on one vector for everything,
     python ijepa.py --no-stop_gradient                  # watch the features collapse; --no-ema: targets move at once
     python ijepa.py --data cifar10 --dim 192 --depth 6 --predictor_dim 96 --predictor_depth 4 --targets 4 \\
         --batch_size 256 --lr 1e-3 --warmup 500 --ema_start 0.996 --epochs 50   # downloads 170 MB
-    python ijepa.py --resume --epochs 40                # a finished run goes on, to a later end
+    python ijepa.py --resume --epochs 40                # on to a later end; the rate rises again at first
     python ijepa.py --show_masks                        # masks.png: contexts and targets
     python ijepa.py --compare out/ijepa/ckpt.pt,out/mae/ckpt.pt --out out/compared  # also simclr.py's and vit.py's ViT
     python vit.py --init out/ijepa/ckpt.pt --lr 1e-3 --layer_decay 0.75         # fine-tune the encoder, with labels
@@ -78,7 +78,7 @@ class Config:
     # data
     data: str = "shapes"  # shapes (drawn by this script), cifar10, or a folder that holds cifar-10-batches-bin/
     data_dir: str = "data"  # where downloads land
-    labels: float = 1.0  # fraction of the training images that is used at all, of each class alike
+    labels: float = 1.0  # fraction of each class's training images to use; the rest are ignored
     full_train: bool = False  # pre-train on the validation images too, without their labels; probes stay as they are
     crop: int = 4  # pixels by which an image is shifted at most, its border reflected
     flip: bool = True  # mirror half of the images; [1]'s configs don't
@@ -224,31 +224,14 @@ class FeedForward(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-class DropPath(nn.Module):
-    """Stochastic depth: leave out the branch x (B, ...) of some images, scale the others' up to make up for it.
-
-    Differs from arXiv 1603.09382v3: a coin per image, not per mini-batch; its eq. 5 scales by 1 - p in tests instead.
-    """
-
-    def __init__(self, p):
-        super().__init__()
-        self.p = p
-
-    def forward(self, x):
-        if not self.training or self.p == 0:
-            return x
-        keep = torch.rand([len(x)] + [1] * (x.dim() - 1), device=x.device) >= self.p  # (B, 1, ...)
-        return x * keep / (1 - self.p)
-
-
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)): arXiv 2010.11929v2 eq. 2 and 3."""
 
-    def __init__(self, dim, heads, mlp_ratio=4.0, drop_path=0.0):
+    def __init__(self, dim, heads, mlp_ratio=4.0, drop_path=None):
         super().__init__()
         self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, heads)
         self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), FeedForward(dim, round(dim * mlp_ratio))
-        self.drop_path = DropPath(drop_path)
+        self.drop_path = drop_path or nn.Identity()  # vit.py has DropPath here
 
     def forward(self, x, key_mask=None):
         x = x + self.drop_path(self.attn(self.norm1(x), key_mask))  # (B, N, C)
@@ -714,7 +697,7 @@ CIFAR10 = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_MD5 = "md5:c32a1d4ab5d03f1284b67883e8d87530"
 CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 CIFAR10_STATS = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # mean and std of a channel over all pixels
-IMAGENET_STATS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # with which torchvision's weights were trained
+IMAGENET_STATS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # those that weights from ImageNet want
 
 # Ten shapes of about unit size: the distance of points (u, v), v downwards, to the edge, negative inside. r is their
 # distance to the centre, box that to a square.
@@ -1327,16 +1310,17 @@ def look_ijepa(run, model, train_split, val, beside, steps, c, autocast, world, 
 
 def finish_ijepa(run, model, yardsticks, train_split, val, test, c, autocast, device):
     """Read the test set, once, with the best weights: the table of probes, the sheet, and the log's last row."""
-    model.load_state_dict(load_checkpoint(run.out / "best.pt")["model"])
+    best = load_checkpoint(run.out / "best.pt")
+    model.load_state_dict(best["model"])
     encoders = {"ijepa": model.eval().features, **yardsticks}
     results = probe_encoders(encoders, model.stats, train_split, val, test, (1.0, 0.1, 0.01), autocast)
     flat = {f"test_{key}{'' if name == 'ijepa' else '_' + name}": value
             for name, scores in results.items() for key, value in scores.items()}
     memory = peak_mb(device)
     run.log(f"on test images, with {len(train_split[0]):,} labels, 10% or 1% of them:\n{probe_table(results)}\n"
-            f"test linear {flat['test_linear']:.4f}, of random init {flat['test_linear_random_init']:.4f} | "
-            f"{run.seconds:.0f} s of training | peak {memory:.0f} MB | nearest training images, by ours, random init "
-            f"and pixels, in {run.out}/neighbours.png", seconds=run.seconds, **flat, final=True, peak_mb=memory)
+            f"test linear {flat['test_linear']:.4f}, of random init {flat['test_linear_random_init']:.4f}, weights of "
+            f"step {best['step']} | {run.seconds:.0f} s of training | peak {memory:.0f} MB | nearest training images, "
+            f"by ours, random init and pixels, in {run.out}/neighbours.png", seconds=run.seconds, **flat, final=True, peak_mb=memory)
     neighbours_png(encoders, train_split, test, run.out / "neighbours.png", autocast)
 
 
@@ -1414,7 +1398,7 @@ def main(argv=None):
     except UserError as error:
         print(f"ijepa.py: {error}", file=sys.stderr)
         return error.status
-    except (MemoryError, RuntimeError) as error:  # torch has a RuntimeError for it, on a CPU a plain one
+    except (MemoryError, RuntimeError) as error:  # torch's out of memory is one, a plain one on a CPU
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             print(f"ijepa.py: --compile failed, leave it out: {' '.join(str(error).split())[:200]}", file=sys.stderr)
             return 1

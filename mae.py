@@ -2,7 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch", "numpy", "requests"]
 # ///
-"""MAE: hide three quarters of an image, and learn to see by painting in what is missing.
+"""MAE: hide most of an image, and learn to see by painting in what is missing.
 
 A masked autoencoder [1] cuts an image into patches and removes most of them at random. A transformer, the encoder,
 reads the few that are left, which makes it cheap; a small second one, the decoder, gets what the encoder made of
@@ -12,7 +12,7 @@ the decoder is thrown away, and what the encoder has learned is probed here, or 
     python mae.py                                       # offline, ten kinds of shapes that the script draws
     python mae.py --data cifar10 --dim 192 --depth 6 --heads 3 --decoder_dim 128 --decoder_depth 2 --decoder_heads 4 \\
         --mask_ratio 0.75 --norm_pix_loss --batch_size 256 --lr 1.5e-3 --warmup 500 --epochs 50   # downloads 170 MB
-    python mae.py --resume --epochs 40                  # a finished run goes on, to a later end
+    python mae.py --resume --epochs 40                  # on to a later end; the rate rises again at first
     python vit.py --init out/mae/ckpt.pt --lr 1e-3 --layer_decay 0.75           # fine-tune the encoder, with labels
     python mae.py --reconstruct mae_visualize_vit_base --mask_ratio 0.75 --picture photo.jpg    # 450 MB; needs pillow
     torchrun --nproc_per_node=8 mae.py --data cifar10 --dim 192 --depth 12 --heads 3 --decoder_dim 128 \\
@@ -23,10 +23,12 @@ model.features(images) -> (B, C), images being normalise(uint8, model.stats, 224
 
 What to expect (torch 2.13.0, two cores of an AMD EPYC, seed 0, n = 1; logs in assets/logs/mae/):
 - python mae.py, test images of shapes, bfloat16, 119 s of training: linear probe .474 (random init .249, pixels .173),
-  with a tenth of the labels .392 (.190, .184), with 1% .199 (.114, .136); kNN .159 (.118, and pixels .334: best)
+  with a tenth of the labels .392 (.190, .184), with 1% .199 (.114, .136); kNN .159 (.118, .334): a linear classifier
+  can read off what was learned, but images of a class do not lie close together
 - A training step of 192 numbers per token × 12 blocks, patch 4, decoder 128 × 2, batch 256, ratio .75, in bfloat16 by
-  AVX-512: 323 images per second, 1.79 times as fast as [1]'s design with torch's fused attention and AdamW in fp32
-  eager, 1.57 times as that under autocast; an encoder step takes .27 of the time of an unmasked one: BenchMAE.speed
+  AVX-512: 323 images per second, 1.79 times as fast as [1]'s design with torch's fused attention and plain AdamW
+  in fp32 eager, 1.57 times as that under autocast; an encoder step takes .27 of the time of an unmasked one:
+  BenchMAE.speed
 - CIFAR-10, JPEG copy, 192 × 6, decoder 128 × 2, ratio .75, --norm_pix_loss, --no-class_token, 2,938 steps of 128
   images in 21 minutes on one core, the best of three rates, validation images: kNN .403 (random init .274, pixels
   .357), linear .552 (.395, .378): BenchIJEPA.row mae, log in assets/logs/ijepa/
@@ -34,13 +36,13 @@ What to expect (torch 2.13.0, two cores of an AMD EPYC, seed 0, n = 1; logs in a
   decoders of 1, 2, 4 blocks, ten minutes each (BenchMAE.ablation)
 - On a GPU: not yet measured
 
-The features are the mean of the patches' vectors after the last norm, or with --pool cls the class token's, which [1]
-probes, and which vit.py --init reads unless --no-class_token. Random init is the same encoder before it learned, pixels
-are the image itself as features. The linear probe is trained on features that are cached without augmentation, by SGD;
+The features are the mean of the patches' vectors after the last norm; --pool cls takes the class token's instead, as
+[1] does, and as vit.py --init does where there is one. Random init is the same encoder before it learned, pixels are
+the image itself as features. The linear probe is trained on features that are cached without augmentation, by SGD;
 [1] §A.1 has LARS and crops.
-Differs from [1]: by default half of the patches are removed and plain pixels predicted, which suits the flat colours
-of shapes; images are shifted and mirrored instead of cropped at random sizes (Table 1e: crops of one size do nearly
-as well); no decay on tokens, which [1]'s code decays; a block mask is one rectangle.
+Differs from [1]: by default half of the patches are removed, not three quarters, and the decoder is one block of 64
+channels, not eight of 512; images are shifted and mirrored instead of cropped at random sizes (Table 1e: crops of one
+size do nearly as well); no decay on tokens, which [1]'s code decays; a block mask is one rectangle.
 
 Shapes: B batch, N patches, K of them kept, C channels, D the decoder's (in Attention: per head), H heads, P patch side,
 S image side; images are (B, 3, S, S), uint8 until normalised. The class token, if there is one, comes first: then
@@ -75,20 +77,20 @@ class Config:
     # data
     data: str = "shapes"  # shapes (drawn by this script), cifar10, or a folder that holds cifar-10-batches-bin/
     data_dir: str = "data"  # where downloads land
-    labels: float = 1.0  # fraction of the training images that is used at all, of each class alike
+    labels: float = 1.0  # fraction of each class's training images to use; the rest are ignored
     full_train: bool = False  # pre-train on the validation images too, without their labels; probes stay as they are
     crop: int = 4  # pixels by which an image is shifted at most, its border reflected
     flip: bool = True  # mirror half of the images
     # masks and targets
     mask: str = "random"  # which patches are removed: random, block (one rectangle), or grid (regular) [1] Figure 6
     mask_ratio: float = 0.5  # share of the patches that is removed, up to 0.95; photos want 0.75 [1] Figure 5
-    norm_pix_loss: bool = False  # predict pixels less their patch's mean, over its deviation [1] §3: for photos
+    norm_pix_loss: bool = False  # predict a patch's pixels less their mean, over their deviation [1] §3, Table 1d
     # model
     patch_size: int = 4  # side of a patch in pixels
     dim: int = 128  # numbers per token in the encoder
     depth: int = 4  # blocks of the encoder
     heads: int = 4  # attention heads of each
-    decoder_dim: int = 64  # numbers per token in the decoder, which may be small [1] Table 1b
+    decoder_dim: int = 64  # numbers per token in the decoder: few do for fine-tuning, probes want more [1] Table 1b
     decoder_depth: int = 1  # one block is enough for fine-tuning; a linear probe wants more [1] Table 1a
     decoder_heads: int = 2  # 32 numbers per head, as in [1]
     class_token: bool = True  # one more learned token before the patches; the decoder reads it too [1] §A.1
@@ -206,31 +208,14 @@ class FeedForward(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-class DropPath(nn.Module):
-    """Stochastic depth: leave out the branch x (B, ...) of some images, scale the others' up to make up for it.
-
-    Differs from arXiv 1603.09382v3: a coin per image, not per mini-batch; its eq. 5 scales by 1 - p in tests instead.
-    """
-
-    def __init__(self, p):
-        super().__init__()
-        self.p = p
-
-    def forward(self, x):
-        if not self.training or self.p == 0:
-            return x
-        keep = torch.rand([len(x)] + [1] * (x.dim() - 1), device=x.device) >= self.p  # (B, 1, ...)
-        return x * keep / (1 - self.p)
-
-
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)): arXiv 2010.11929v2 eq. 2 and 3."""
 
-    def __init__(self, dim, heads, mlp_ratio=4.0, drop_path=0.0):
+    def __init__(self, dim, heads, mlp_ratio=4.0, drop_path=None):
         super().__init__()
         self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, heads)
         self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), FeedForward(dim, round(dim * mlp_ratio))
-        self.drop_path = DropPath(drop_path)
+        self.drop_path = drop_path or nn.Identity()  # vit.py has DropPath here
 
     def forward(self, x, key_mask=None):
         x = x + self.drop_path(self.attn(self.norm1(x), key_mask))  # (B, N, C)
@@ -312,7 +297,7 @@ class MAE(nn.Module):
         return self.patch_embed(images) + self.pos_embed[:, self.first:]
 
     def encoder(self, x):
-        """Any tokens with their positions: (B, K, C) -> (B, first + K, C)."""
+        """The blocks, over the class token and tokens that have their positions: (B, K, C) -> (B, first + K, C)."""
         if self.first:
             x = torch.cat(((self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1), x), dim=1)
         for block in self.blocks:
@@ -320,7 +305,9 @@ class MAE(nn.Module):
         return self.norm(x)
 
     def features(self, images, pool="mean"):
-        """What the whole image means to the encoder: the mean of its patches, or the class token (cls). (B, C)."""
+        """A vector for each whole image: the mean over its patches, or with "cls" its class token. (B, C)."""
+        if pool == "cls" and not self.first:
+            raise UserError("--pool cls: this encoder has no class token")
         x = self.encoder(self.tokens(images))  # (B, first + N, C)
         return x[:, 0] if pool == "cls" else x[:, self.first:].mean(dim=1)
 
@@ -331,19 +318,19 @@ class MAE(nn.Module):
         B, N, C = x.shape
         K = kept_patches(N, mask_ratio)
         shuffle = noise.argsort(dim=1)  # (B, N)
-        restore = shuffle.argsort(dim=1)  # sorting a permutation inverts it
-        x = x.gather(1, shuffle[:, :K, None].expand(B, K, C))  # (B, K, C): after this nothing knows the others
+        restore = shuffle.argsort(dim=1)  # argsort of a permutation is its inverse
+        x = x.gather(1, shuffle[:, :K, None].expand(B, K, C))  # (B, K, C): from here on there are no others
         return self.encoder(x), (restore >= K).to(images.dtype), restore
 
     def decode(self, x, restore):
         """A prediction for each patch, removed or not, from the encoder's (B, first + K, C): (B, N, 3 P²)."""
         x = self.decoder_embed(x)  # (B, first + K, D)
         B, N = restore.shape
-        own, kept = x[:, :self.first], x[:, self.first:]
+        class_token, kept = x[:, :self.first], x[:, self.first:]
         gaps = self.mask_token.expand(B, N - kept.size(1), -1)
         x = torch.cat((kept, gaps), dim=1)  # (B, N, D), shuffled
         x = x.gather(1, restore[:, :, None].expand(B, N, x.size(2)))  # each at its place
-        x = torch.cat((own, x), dim=1) + self.decoder_pos_embed  # all gaps are alike but for this
+        x = torch.cat((class_token, x), dim=1) + self.decoder_pos_embed  # all gaps are alike but for this
         for block in self.decoder_blocks:
             x = block(x)
         return self.decoder_pred(self.decoder_norm(x[:, self.first:]))
@@ -358,7 +345,7 @@ class MAE(nn.Module):
         return (x - mean) / std, mean, std
 
     def forward(self, images, mask_ratio=0.75, noise=None):
-        """noise (B, N) is what the shuffle sorts, by default uniform. Raises ValueError unless a part is removed."""
+        """noise (B, N): patches with the least are kept; by default uniform. Raises ValueError if all are, or none."""
         if noise is None:
             noise = torch.rand(len(images), self.grid**2, device=images.device)
         x, mask, restore = self.encode(images, mask_ratio, noise)
@@ -440,7 +427,7 @@ def mask_noise(kind, rng, B, grid):
 
 def masked_batch(c, images, stats, grid, step, slot, slots):
     """The slot-th of the slots micro-batches of a step: normalised images (B, 3, S, S), each shifted and mirrored,
-    and the noise of their masks (B, N). It depends on (seed, step, slot) alone."""
+    and the noise of their masks (B, N). All depends on (seed, step, slot, slots) alone."""
     index, _ = batch_index(len(images), c.batch_size, c.seed, step, slot, slots)
     rng, B = np.random.default_rng((c.seed, 2, step, slot)), c.batch_size
     dy, dx = rng.integers(-c.crop, c.crop, (2, B), endpoint=True)
@@ -511,7 +498,8 @@ def learning_rate(step, peak, warmup, steps, floor=0.0):
 
 def mae_step(model, raw, optimizer, autocast, images, c, step, steps, rank, world):
     """One update of the parameters; returns the batch's loss, on the device. N ranks do what one rank does with N
-    times the accumulation: as many patches are removed of every image, so that the mean of means is the mean."""
+    times the accumulation: every image loses equally many patches, so that the mean of means is the mean. raw is the
+    model without DistributedDataParallel and torch.compile around it."""
     slots, total = c.grad_accum * world, 0
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, c.lr * c.batch_size * slots / 256, c.warmup, steps)
@@ -635,7 +623,7 @@ CIFAR10 = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_MD5 = "md5:c32a1d4ab5d03f1284b67883e8d87530"
 CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 CIFAR10_STATS = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # mean and std of a channel over all pixels
-IMAGENET_STATS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # with which torchvision's weights were trained
+IMAGENET_STATS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # those that weights from ImageNet want
 
 # Ten shapes of about unit size: the distance of points (u, v), v downwards, to the edge, negative inside. r is their
 # distance to the centre, box that to a square.
@@ -913,7 +901,8 @@ def reconstruct(c):
     with one_line(f"can't make the folder {c.out}", status=1):
         Path(c.out).mkdir(parents=True, exist_ok=True)
     loss = draw_reconstructions(model, images, Path(c.out) / "reconstruct.png", c.mask, c.mask_ratio)
-    print(f"loss {loss:.4f} | {c.out}/reconstruct.png: {about_pictures(model)}")
+    print(f"loss {loss:.4f} at --mask {c.mask} --mask_ratio {c.mask_ratio} | {c.out}/reconstruct.png: "
+          f"{about_pictures(model)}")
 
 
 def first_of_each(labels):
@@ -940,14 +929,14 @@ def evaluate(model, train, val, c, autocast):
 
 
 def load_mae(c):
-    """The network that the flags ask for, or --init's."""
+    """The network that the flags ask for, or --init's, whose sizes c then has."""
     names = ("patch_size", "dim", "depth", "heads", "decoder_dim", "decoder_depth", "decoder_heads", "class_token")
     if not c.init:
         return MAE(32, norm_pix_loss=c.norm_pix_loss, **{name: getattr(c, name) for name in names})
     model = MAE.from_pretrained(c.init, norm_pix_loss=c.norm_pix_loss)
     if model.fresh_decoder:
         raise UserError(f"--init {c.init}: an encoder without its decoder; want a checkpoint of this script")
-    for name in names:  # c then says what the model is
+    for name in names:
         value, default, has = getattr(c, name), getattr(Config, name), model.settings[name]
         if value not in (default, has):
             raise UserError(f"--{name} {value}, but {c.init} has {has}")
@@ -1113,15 +1102,16 @@ def look(run, model, train_split, val, beside, steps, c, autocast, world, save):
 
 def finish_mae(run, model, yardsticks, train_split, val, test, c, autocast, device):
     """Read the test set, once, with the best weights: the table of probes, and the log's last row."""
-    model.load_state_dict(load_checkpoint(run.out / "best.pt")["model"])
+    best = load_checkpoint(run.out / "best.pt")
+    model.load_state_dict(best["model"])
     encoders = {"mae": lambda x: model.features(x, c.pool), **yardsticks}
     results = probe_encoders(encoders, model.stats, train_split, val, test, (1.0, 0.1, 0.01), autocast)
     flat = {f"test_{key}{'' if name == 'mae' else '_' + name}": value
             for name, scores in results.items() for key, value in scores.items()}
     memory = peak_mb(device)
     run.log(f"on test images, with {len(train_split[0]):,} labels, 10% or 1% of them:\n{probe_table(results)}\n"
-            f"test linear {flat['test_linear']:.4f}, of random init {flat['test_linear_random_init']:.4f} | "
-            f"{run.seconds:.0f} s of training | peak {memory:.0f} MB | pictures in {run.out}",
+            f"test linear {flat['test_linear']:.4f}, of random init {flat['test_linear_random_init']:.4f}, weights "
+            f"of step {best['step']} | {run.seconds:.0f} s of training | peak {memory:.0f} MB | pictures in {run.out}",
             seconds=run.seconds, **flat, final=True, peak_mb=memory)
 
 
@@ -1199,7 +1189,7 @@ def main(argv=None):
     except UserError as error:
         print(f"mae.py: {error}", file=sys.stderr)
         return error.status
-    except (MemoryError, RuntimeError) as error:  # torch has a RuntimeError for it, on a CPU a plain one
+    except (MemoryError, RuntimeError) as error:  # torch's out of memory is one, a plain one on a CPU
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             print(f"mae.py: --compile failed, leave it out: {' '.join(str(error).split())[:200]}", file=sys.stderr)
             return 1

@@ -598,7 +598,7 @@ CIFAR10 = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_MD5 = "md5:c32a1d4ab5d03f1284b67883e8d87530"
 CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 CIFAR10_STATS = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # mean and std of a channel over all pixels
-IMAGENET_STATS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # with which torchvision's weights were trained
+IMAGENET_STATS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # those that weights from ImageNet want
 
 # Ten shapes of about unit size: the distance of points (u, v), v downwards, to the edge, negative inside. r is their
 # distance to the centre, box that to a square.
@@ -1283,7 +1283,7 @@ def main(argv=None):
     except UserError as error:
         print(f"resnet.py: {error}", file=sys.stderr)
         return error.status
-    except (MemoryError, RuntimeError) as error:  # torch has a RuntimeError for it, on a CPU a plain one
+    except (MemoryError, RuntimeError) as error:  # torch's out of memory is one, a plain one on a CPU
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             print(f"resnet.py: --compile failed, leave it out: {' '.join(str(error).split())[:200]}", file=sys.stderr)
             return 1

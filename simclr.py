@@ -2,17 +2,18 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch", "numpy", "requests"]
 # ///
-"""SimCLR, MoCo and VICReg: learn what images show from one demand: two distorted views of an image should look alike.
+"""SimCLR, MoCo and VICReg: learn from images without labels: two distorted views of one should get similar vectors.
 
-An encoder that gives every image the same vector (a collapse) meets it too, so something must keep vectors apart, and
-mainly in that the three differ. SimCLR [1] pushes each view away from all others of its batch, which has to be large;
-MoCo [2] [3] from a queue of older vectors, so that a small batch will do; VICReg [4] compares no two
-images: it asks each dimension to vary over the batch, and any two not to vary together.
+An encoder that gives every image the same vector does that too (a collapse), so something must keep vectors apart; that
+is the main difference of the three. SimCLR [1] pushes each view away from the views of the batch's other images, and so
+gains from a large batch; MoCo [2] [3] from a queue of older vectors, whose length has nothing to do with the batch;
+VICReg [4] compares no two images: it asks each dimension to vary over the batch, and any two not to vary together.
 
-An image gives two views, the encoder makes features of each, a small head vectors of these, and the loss sees the
-vectors. Later the head is thrown away, and the features are judged by the labels of their nearest neighbours (kNN) and
-by what a linear classifier can do with them (a linear probe). In MoCo one view's vector is the query; the other's, by a
-slowly following copy of encoder and head, is its key; the queue holds the keys of earlier steps.
+Each image is distorted twice. The encoder turns a view into features, a small head turns features into a vector, and
+only the loss sees vectors. Later the head is thrown away, and the features are judged by the labels of their nearest
+neighbours (kNN) and by what a linear classifier can do with them (a linear probe). In MoCo the first view's vector is
+the query. A copy of encoder and head, whose weights follow theirs slowly, turns the second view into its key, without a
+gradient; the queue holds the keys of earlier steps.
 
     python simclr.py                                    # offline, ten kinds of shapes that the script draws
     python simclr.py --loss moco                        # or vicreg; --data cifar10 downloads 170 MB
@@ -21,7 +22,8 @@ slowly following copy of encoder and head, is its key; the queue holds the keys 
     python simclr.py --data cifar10 --batch_size 1024 --chunk 256   # a large batch in a small one's memory
     python simclr.py --encoder vit                      # then: python vit.py --init out/simclr/ckpt.pt
     python simclr.py --show_augment                     # augment.png: pairs of views
-    torchrun --nproc_per_node=8 simclr.py --data cifar10 --width 64 --optimizer lars --epochs 100
+    torchrun --nproc_per_node=8 simclr.py --data cifar10 --width 64 --optimizer lars --temperature 0.5 \\
+        --warmup 870 --epochs 100
 
 What to expect (torch 2.13.0, two cores of an AMD EPYC, seed 0, n = 1; logs in assets/logs/simclr/):
 - python simclr.py, test images of shapes, bfloat16, 94 s of training: kNN .586 (random init .197, pixels .334), linear
@@ -35,17 +37,17 @@ What to expect (torch 2.13.0, two cores of an AMD EPYC, seed 0, n = 1; logs in a
   (BenchSimCLR.temperatures, .batches)
 - On a GPU: not yet measured
 
-Differs from the papers: all three see the same views, with [1]'s colours for CIFAR-10 and no blur (VICReg's code blurs
-and inverts bright pixels, each view with other probabilities), and crops of at least a fifth of the image, not .08;
-encoders are small, and AdamW trains them unless --optimizer says otherwise; the weights that are tested are those with
+Differs from the papers: all three see the same views, on CIFAR-10 [1] §B.9's colours, no blur, and crops of at least a
+fifth of the image ([1] and [4] .08), on shapes more of each; VICReg's code also inverts bright pixels; encoders are
+small, and AdamW trains them unless --optimizer says otherwise; the weights that are tested are those with
 the best kNN on validation images; probes with a part of the labels choose their rate with all validation labels; what
 is left of an epoch after its last whole batch is dropped.
 --batch_size is per process: N processes do what one does with the joined batch. But MoCo's running statistics are the
-first one's. With --chunk batch norm sees a chunk of each at a time, both views of its images: SimCLR can then tell a
-pair by its chunk's statistics, the leak that [1] §2.2 avoids.
+first one's; and with --chunk batch norm sees a chunk at a time. In MoCo the gradient comes from one view of each image,
+in the others from both.
 
-Shapes: B batch of a process, N views or images in a loss, C channels or features (D in VICReg's loss), K keys in the
-queue; images are (B, 3, height, width), uint8 until augmented.
+Shapes: B batch of a process, N images in a loss, of two views each (n views at hand), C channels or features (D in
+VICReg's loss), K keys in the queue; images are (B, 3, S, S), uint8 until augmented.
 
 [1] Chen et al. 2020, SimCLR, arXiv 2002.05709v3        [2] He et al. 2019, MoCo, arXiv 1911.05722v3
 [3] Chen et al. 2020, MoCo v2, arXiv 2003.04297v1       [4] Bardes et al. 2021, VICReg, arXiv 2105.04906v3
@@ -79,7 +81,7 @@ class Config:
     # data
     data: str = "shapes"  # shapes (drawn by this script), cifar10, or a folder that holds cifar-10-batches-bin/
     data_dir: str = "data"  # where downloads land
-    labels: float = 1.0  # fraction of the training images that is used, with or without labels, of each class alike
+    labels: float = 1.0  # fraction of each class's training images to use; the rest are ignored
     full_train: bool = False  # learn from all validation images too, without their labels; probes stay as they are
     # augmentation: each view draws its own
     augment: str = "full"  # full, or crop_flip: colours stay, and give away which views belong together
@@ -100,7 +102,7 @@ class Config:
     chunk: int = 0  # images encoded at once (simclr, vicreg): less memory, one more forward pass; 0: all of a batch
     queue: int = 4096  # moco's keys, a multiple of a step's images, well below all images; [2]: 65536 for ImageNet
     momentum: float = 0.99  # of moco's key encoder; [2] has 0.999 for ImageNet
-    bn_splits: int = 4  # parts of moco's batch that batch norm standardises each on its own, as so many GPUs would
+    bn_splits: int = 4  # parts of moco's batch, each standardised on its own, as on so many GPUs; [3]'s code: 8 of 512
     invariance: float = 25.0  # vicreg: weight of the views' distance [4] §4.2
     variance: float = 25.0  # vicreg: weight of what standard deviations lack of 1; 0 lets features collapse
     covariance: float = 1.0  # vicreg: weight of covariances; 0 lets dimensions say the same
@@ -149,7 +151,7 @@ class Config:
         for name, default in zip(("crop_min", "jitter", "grey"), strength):
             setattr(self, name, default if getattr(self, name) is None else getattr(self, name))
         rate, decay = {"adamw": (2e-3, 0.05), "sgd": (0.06 * batch / 256, 5e-4), "lars": (0.3 * batch / 256, 1e-6)}[
-            self.optimizer]  # sgd's and lars's in proportion to the batch ([1] §2.3)
+            self.optimizer]  # in proportion to the batch: twice the rate of [3]'s code for CIFAR-10; [1] §2.3
         self.lr = rate if self.lr is None else self.lr
         self.weight_decay = decay if self.weight_decay is None else self.weight_decay
         moco, world = self.loss == "moco", batch // self.batch_size
@@ -340,9 +342,9 @@ def at_least_fp32(v):
 
 
 def in_fp32(loss):
-    """A loss that computes in fp32 or double, whatever it is given and autocast says: bfloat16 has two to three digits,
-    and dividing by a small temperature before the exponential magnifies what rounding has lost. On CUDA products of
-    matrices are still in TF32, of about three digits: see pick_device."""
+    """A loss that computes in fp32 or double, whatever it is given and autocast says: dividing by a small temperature
+    before the exponential magnifies what rounding has lost, and bfloat16 keeps 7 bits of a fraction. On CUDA factors
+    of matrix products are rounded to TF32's 10, but their sums are in fp32: see pick_device."""
     @functools.wraps(loss)
     def wrapped(*args, **more):
         args, more = [at_least_fp32(v) for v in args], {k: at_least_fp32(v) for k, v in more.items()}
@@ -354,7 +356,8 @@ def in_fp32(loss):
 
 @in_fp32
 def nt_xent(z1, z2, temperature):
-    """SimCLR's loss of views z1, z2 (N, C): find each view's other half among the 2N - 1 other views, by cosine.
+    """SimCLR's loss of vectors z1, z2 (N, C) of N images' two views: each of the 2N has to find its image's other view
+    among the 2N - 1 others, by cosine.
 
     [1] eq. 1 and Algorithm 1, the mean over both directions. In several processes candidates come from all, and the
     mean of their losses is the joined batch's. Returns the loss and accuracy, the share of views that found theirs.
@@ -370,24 +373,26 @@ def nt_xent(z1, z2, temperature):
 
 @in_fp32
 def moco_loss(q, k, queue, temperature):
-    """MoCo's: find each query's key, of q and k (N, C), among that and the queue's keys (K, C). All have length 1.
+    """MoCo's: each query q[i] has to find its key k[i] among that and the K keys of the queue. Rows of q and k (N, C)
+    and queue (K, C) have length 1.
 
     [2] eq. 1; its temperature is 0.07, [3]'s 0.2. No gradient reaches the keys. Returns as nt_xent does.
     """
     positive = (q * k.detach()).sum(dim=1, keepdim=True)  # (N, 1)
     logits = torch.cat((positive, q @ queue.detach().T), dim=1) / temperature  # (N, 1 + K)
     target = torch.zeros(len(q), dtype=torch.long, device=q.device)
-    return F.cross_entropy(logits, target), dict(accuracy=(logits.argmax(1) == target).float().mean())
+    found = logits[:, 0] > logits[:, 1:].amax(dim=1)  # not where all are equal, after a collapse
+    return F.cross_entropy(logits, target), dict(accuracy=found.float().mean())
 
 
 @in_fp32
 def vicreg_loss(z1, z2, invariance=25.0, variance=25.0, covariance=1.0):
-    """VICReg's: the squared distance of z1 and z2 (N, D), what each dimension's standard deviation lacks of 1 (a
-    hinge), and the squared covariances of any two dimensions. No two images are compared. Returns the loss and its
+    """VICReg's: the squared distance of z1 and z2 (N, D), how far each dimension's standard deviation is below 1
+    (a hinge), and the squared covariances of any two dimensions. No two images are compared. Returns the loss and its
     three terms.
 
     As the authors' code, github.com/facebookresearch/vicreg: the distance is the mean over all elements, where
-    [4] eq. 5 sums over D; the hinge is the views' mean, where eq. 6 sums the two. Their weights are for this.
+    [4] eq. 5 sums over D; the hinge is the views' mean, where eq. 6 sums the two. The weights belong to this form.
     """
     distance, hinge, off_diagonal = F.mse_loss(z1, z2), 0, 0
     for z in (gather(z1), gather(z2)):  # statistics of the joined batch
@@ -407,10 +412,11 @@ class BatchNorm(nn.BatchNorm2d):
     """Batch norm of (B, C) and (B, C, H, W): in SimCLR and VICReg with statistics of all processes' images, as one
     with the joined batch has ([1] §2.2), in MoCo with those of each of splits parts of the batch.
 
-    Statistics leak which images shared a batch. If a query and its key saw the same others, they can be matched by that
-    instead of by what they show, and the loss falls while features get worse ([2] §3.3). SimCLR's candidates,
-    without --chunk, all share one set of statistics, but a queue's keys come from other batches. So MoCo's query and
-    key must be standardised among different images: keys are shuffled, and the parts stand for [2]'s GPUs.
+    It makes a vector depend on the images that were standardised with it. Where a query shares these with its key, and
+    with no key of the queue, it can find its key by that instead of by what they show, and the loss falls while
+    features get worse ([2] §3.3). So MoCo's keys are shuffled: query and key are standardised among different images,
+    in parts that stand for [2]'s GPUs. SimCLR's candidates share one set of statistics, or in --chunk's parts, which
+    are drawn from all views, tell nothing by it; VICReg compares no images.
 
     Running statistics, for evaluation, move only where a gradient will follow: not in --chunk's first pass, nor in
     MoCo's key network, which is never evaluated.
@@ -541,31 +547,14 @@ class FeedForward(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-class DropPath(nn.Module):
-    """Stochastic depth: leave out the branch x (B, ...) of some images, scale the others' up to make up for it.
-
-    Differs from arXiv 1603.09382v3: a coin per image, not per mini-batch; its eq. 5 scales by 1 - p in tests instead.
-    """
-
-    def __init__(self, p):
-        super().__init__()
-        self.p = p
-
-    def forward(self, x):
-        if not self.training or self.p == 0:
-            return x
-        keep = torch.rand([len(x)] + [1] * (x.dim() - 1), device=x.device) >= self.p  # (B, 1, ...)
-        return x * keep / (1 - self.p)
-
-
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)): arXiv 2010.11929v2 eq. 2 and 3."""
 
-    def __init__(self, dim, heads, mlp_ratio=4.0, drop_path=0.0):
+    def __init__(self, dim, heads, mlp_ratio=4.0, drop_path=None):
         super().__init__()
         self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, heads)
         self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), FeedForward(dim, round(dim * mlp_ratio))
-        self.drop_path = DropPath(drop_path)
+        self.drop_path = drop_path or nn.Identity()  # vit.py has DropPath here
 
     def forward(self, x, key_mask=None):
         x = x + self.drop_path(self.attn(self.norm1(x), key_mask))  # (B, N, C)
@@ -708,8 +697,8 @@ def load_encoder(c):
 # ---- optimisers, and a step ----------------------------------------------------------------------------------------
 
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum whose gradient is as long, in proportion to the weights, in every layer: large batches want
-    high rates, too high for layers with small weights and large gradients ([5] §4, as [1]'s code has it).
+    """SGD with momentum, each tensor's gradient rescaled to the same fraction of the weights' own length: large batches
+    want high rates, at which layers of small weights and large gradients would diverge ([5] §4, as [1]'s code has it).
 
     Each tensor's gradient, with decay, is scaled by trust · |weights| / |gradient|; that of 1-D tensors is not. [5]
     divides by the sum of the gradient's and the decay's norms instead of by the norm of their sum.
@@ -765,8 +754,7 @@ def loss_backward(encode, x, c, last=lambda: None):
 
     encode(views) -> (n, C) has the parameters. With --chunk the loss is still that of all B images, but activations
     are kept for a chunk of them at a time ([6] §3): encode all without a gradient; take the loss's gradient with
-    regard to the vectors; encode each chunk again and pass its share of that on. Batch norm sees a chunk at a time,
-    which in SimCLR leaks which views belong together (see BatchNorm). last is called before the last passes.
+    regard to the vectors; encode each chunk again and pass its share of that on. last is called before the last passes.
     """
     def loss_of(z):
         z1, z2 = z.chunk(2)
@@ -778,12 +766,13 @@ def loss_backward(encode, x, c, last=lambda: None):
         loss, scores = loss_of(encode(x))
         loss.backward()
         return loss, scores
-    B = len(x) // 2
-    chunks = [torch.cat((torch.arange(i, i + c.chunk), torch.arange(B + i, B + i + c.chunk)))  # both views
-              for i in range(0, B, c.chunk)]
+    # batch norm sees a chunk at a time. SimCLR's are of any views, else it could tell a pair by its chunk's statistics
+    order = (torch.randperm(len(x), generator=torch.Generator().manual_seed(0)) if c.loss == "simclr" else
+             torch.arange(len(x)).view(2, -1, c.chunk).transpose(0, 1).flatten())  # VICReg's: both views of some images
+    chunks = order.split(2 * c.chunk)
     with torch.no_grad():
         z = at_least_fp32(torch.cat([encode(x[rows]) for rows in chunks]))
-    z = z[torch.cat(chunks).argsort()].requires_grad_()  # (2B, C), in x's order
+    z = z[order.argsort()].requires_grad_()  # (2B, C), in x's order
     loss, scores = loss_of(z)
     loss.backward()
     for rows in chunks:
@@ -1369,7 +1358,8 @@ def draw_neighbours(encode, train, test, path, autocast):
 
 def finish_simclr(run, model, yardsticks, train_split, val, test, c, autocast, device):
     """Read the test set, once, with the best weights: the table of probes, and the log's last row."""
-    model.load_state_dict(load_checkpoint(run.out / "best.pt")["model"])
+    best = load_checkpoint(run.out / "best.pt")
+    model.load_state_dict(best["model"])
     encode = as_encode(model.eval().encoder)
     results = probe_encoders({c.loss: encode, **yardsticks}, CIFAR10_STATS, train_split, val, test, (1.0, 0.1, 0.01),
                              autocast)
@@ -1379,8 +1369,8 @@ def finish_simclr(run, model, yardsticks, train_split, val, test, c, autocast, d
             for name, scores in results.items() for key, value in scores.items()}
     ours, fresh, memory = results[c.loss], results["random_init"], peak_mb(device)
     run.log(f"test kNN {ours['knn']:.4f}, linear {ours['linear']:.4f} (random init {fresh['knn']:.4f}, "
-            f"{fresh['linear']:.4f}) | {run.seconds:.0f} s of training | peak {memory:.0f} MB | pictures in "
-            f"{run.out}", seconds=run.seconds, **flat, final=True, peak_mb=memory)
+            f"{fresh['linear']:.4f}), weights of step {best['step']} | {run.seconds:.0f} s of training | "
+            f"peak {memory:.0f} MB | pictures in {run.out}", seconds=run.seconds, **flat, final=True, peak_mb=memory)
     draw_neighbours(encode, train_split, test, run.out / "neighbours.png", autocast)
 
 
@@ -1478,7 +1468,7 @@ def main(argv=None):
     except UserError as error:
         print(f"simclr.py: {error}", file=sys.stderr)
         return error.status
-    except (MemoryError, RuntimeError) as error:  # torch has a RuntimeError for it, on a CPU a plain one
+    except (MemoryError, RuntimeError) as error:  # torch's out of memory is one, a plain one on a CPU
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             print(f"simclr.py: --compile failed, leave it out: {' '.join(str(error).split())[:200]}", file=sys.stderr)
             return 1

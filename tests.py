@@ -6647,8 +6647,8 @@ class TestSimCLR(Case):
                              [(2 * size, 1, True)])
 
     def test_chunked_step(self):
-        """A step of the real network: as of a whole batch in which batch norm sees the chunks' images apart; running
-        statistics move once, and by a whole batch's step the parameters move otherwise."""
+        """A step of the real network: as of a whole batch in which batch norm sees the chunks apart, VICReg's of both
+        views of the same images, SimCLR's of any; running statistics move once."""
         for loss in ("simclr", "vicreg"):
             c = self.config(loss=loss, chunk=4, optimizer="sgd", lr=0.1, warmup=0, weight_decay=0.0)
             model, images = self.pair(c), self.images(40)
@@ -6656,21 +6656,38 @@ class TestSimCLR(Case):
             with self.double_views():
                 self.step(c, model, self.simclr.make_optimizer(model, c), images)
                 x = self.simclr.views(c, images, 0, 8, np.arange(16))
-            z1, z2 = [], []
-            for i in (0, 4):
-                a, b = x[i:i + 4], x[8 + i:12 + i]
-                whole = hand.head(hand.encoder(torch.cat((a, b)))).chunk(2) if loss == "simclr" else [
-                    hand.head(hand.encoder(v)) for v in (a, b)]
-                z1.append(whole[0])
-                z2.append(whole[1])
-            z1, z2 = torch.cat(z1), torch.cat(z2)
-            want = self.simclr.nt_xent(z1, z2, 0.2)[0] if loss == "simclr" else self.simclr.vicreg_loss(z1, z2)[0]
+            if loss == "simclr":
+                order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
+                z = torch.empty(16, 16, dtype=torch.float64)
+                for rows in (order[:8], order[8:]):
+                    z[rows] = hand.head(hand.encoder(x[rows]))
+                want = slow_nt_xent(*z.chunk(2), 0.2)
+            else:  # an image's views one after the other, and four images at a time
+                parts = [hand.head(hand.encoder(x[i:i + 4])) for i in (0, 8, 4, 12)]
+                want = slow_vicreg(torch.cat(parts[::2]), torch.cat(parts[1::2]), 25, 25, 1)[0]
             want.backward()
             trained = [(p, moved) for p, moved in zip(hand.parameters(), model.parameters()) if p.requires_grad]
             self.close(torch.cat([(p - moved).flatten() for p, moved in trained]),
                        torch.cat([0.1 * p.grad.flatten() for p, _ in trained]), 1e-9)
             for name, t in model.named_buffers():
                 self.close(t.double(), hand.get_buffer(name).double(), 1e-9, name)
+
+    def test_chunks_tell_no_pair(self):
+        """Two views of an image share SimCLR's chunk as often as any two views do; each view is in one chunk."""
+        x, parts = torch.arange(2.0 * 512)[:, None], []
+
+        def encode(v):
+            if torch.is_grad_enabled():
+                parts.append(v.flatten().long())
+            return torch.cat((v, torch.ones_like(v)), dim=1).requires_grad_()
+
+        self.simclr.loss_backward(encode, x, self.config(chunk=128, batch_size=512))
+        self.assertEqual(torch.cat(parts).sort().values.tolist(), list(range(1024)))
+        part = torch.empty(1024)
+        for i, rows in enumerate(parts):
+            part[rows] = i
+        self.assertEqual(len(parts), 4)
+        self.assertAlmostEqual((part[:512] == part[512:]).double().mean().item(), 255 / 1023, delta=0.06)
 
     # two views
 

@@ -250,11 +250,11 @@ class DropPath(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)): arXiv 2010.11929v2 eq. 2 and 3."""
 
-    def __init__(self, dim, heads, mlp_ratio=4.0, drop_path=0.0):
+    def __init__(self, dim, heads, mlp_ratio=4.0, drop_path=None):
         super().__init__()
         self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, heads)
         self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), FeedForward(dim, round(dim * mlp_ratio))
-        self.drop_path = DropPath(drop_path)
+        self.drop_path = drop_path or nn.Identity()  # vit.py has DropPath here
 
     def forward(self, x, key_mask=None):
         x = x + self.drop_path(self.attn(self.norm1(x), key_mask))  # (B, N, C)
@@ -314,7 +314,7 @@ class ViT(nn.Module):
         self.stats = dict(imagenet=IMAGENET_STATS, cifar10=CIFAR10_STATS)[self.settings["stats"]]
         self.pool, self.grid, self.grad_checkpoint = pool, image_size // patch_size, grad_checkpoint
         self.patch_embed = (ConvStem if conv_stem else PatchEmbed)(patch_size, dim)
-        self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio, drop_path * i / max(1, depth - 1))
+        self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio, DropPath(drop_path * i / max(1, depth - 1)))
                                     for i in range(depth))
         self.norm, self.head = nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, num_classes)
         self.apply(init_transformer)
@@ -557,7 +557,7 @@ def batch_index(n, batch_size, seed, step, slot, slots):
 
 def augmented_batch(c, images, labels, teacher, classes, stats, step, slot, slots):
     """The slot-th of the slots micro-batches of a step: normalised images (B, 3, H, W), target probabilities
-    (B, classes), and the teacher's (None without one). It depends on (seed, step, slot) alone."""
+    (B, classes), and the teacher's (None without one). All depends on (seed, step, slot, slots) alone."""
     index, _ = batch_index(len(images), c.batch_size, c.seed, step, slot, slots)
     rng, B = np.random.default_rng((c.seed, 2, step, slot)), c.batch_size
     dy, dx = rng.integers(-c.crop, c.crop, (2, B), endpoint=True)
@@ -683,7 +683,7 @@ CIFAR10 = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_MD5 = "md5:c32a1d4ab5d03f1284b67883e8d87530"
 CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 CIFAR10_STATS = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # mean and std of a channel over all pixels
-IMAGENET_STATS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # with which torchvision's weights were trained
+IMAGENET_STATS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # those that weights from ImageNet want
 
 # Ten shapes of about unit size: the distance of points (u, v), v downwards, to the edge, negative inside. r is their
 # distance to the centre, box that to a square.
@@ -1258,7 +1258,7 @@ def main(argv=None):
     except UserError as error:
         print(f"vit.py: {error}", file=sys.stderr)
         return error.status
-    except (MemoryError, RuntimeError) as error:  # torch has a RuntimeError for it, on a CPU a plain one
+    except (MemoryError, RuntimeError) as error:  # torch's out of memory is one, a plain one on a CPU
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             print(f"vit.py: --compile failed, leave it out: {' '.join(str(error).split())[:200]}", file=sys.stderr)
             return 1

@@ -4,11 +4,12 @@
 # ///
 """FlashAttention: exact attention, forward and backward, that never holds the T × T matrix of scores.
 
-softmax(q kᵀ) v needs a row's largest score and its sum of exponentials; both can be corrected as more of the row
-comes in, so that it can be worked on tile by tile and forgotten [1, 2, 3]. Of the whole matrix one number a row is
-kept, LSE = log Σ e^score, from which the backward pass computes any tile again. All else is which tiles to leave out:
-every mask here (causal, window, documents, ragged lengths) gives each query one span of keys [lo, hi) that only moves
-forward.
+softmax(q kᵀ) v needs a row's largest score and its sum of exponentials; both can be corrected as more keys come in, so
+scores are made a tile (some queries × some keys) at a time, used, and dropped [1, 2, 3]. A tile stays in fast memory (a
+CPU's cache, a GPU's SRAM), and what the T × T matrix costs, its ways to main memory and back, is gone: that is why it
+is faster although the backward pass computes more [2]. One number a row is kept, LSE = log Σ e^score; with q and k it
+gives the backward pass any tile of probabilities again. All else is which tiles to leave out: every mask here (causal,
+window, packed documents) gives each query one span of keys [lo, hi) that only moves forward.
 
     python flash_attn.py                                # offline: a Transformer learns to find what followed a key
     python flash_attn.py --backend naive --out out/naive        # the same run with all T × T scores
@@ -17,7 +18,7 @@ forward.
     python flash_attn.py --resume                       # goes on with the run in --out
 
 and in Python: flash_attention(q, k, v, causal=True), where q is (B, H, T_q, D), k and v (B, H_kv, T_k, D); H_kv may
-divide H (grouped queries). On a CUDA GPU (a card, below) it runs the Triton kernels, else plain PyTorch.
+divide H (grouped queries [4]). On a CUDA GPU (a card, below) it runs the Triton kernels, else plain PyTorch.
 
 What to expect (torch 2.13.0, two AMD EPYC cores, fp32 unless said, seed 0, n = 1; logs in assets/logs/flash_attn/):
 - python flash_attn.py: test accuracy 1.0000 after 38 s of training; a sequence keeps 17.9 MB for the backward pass,
@@ -27,18 +28,20 @@ What to expect (torch 2.13.0, two AMD EPYC cores, fp32 unless said, seed 0, n = 
   forward and backward 1.00 (427 ms); naive 9.5 and 5.7: python tests.py BenchFlashAttn.speed
 - --bench, 4 minutes: over T = 512 to 16,384 forward takes 1.11 to 1.19 of the time of torch's kernel, forward and
   backward .85 to .99; naive attention at T = 8,192 takes 13 and 7.4 times as long as torch's
-- A window of 256 at T = 16,384, forward: 26 times as fast as torch's with a mask (158 ms): BenchFlashAttn.window
-- T = 16,384: peak above inputs and outputs 45 MB (one matrix of scores: 8,192): BenchFlashAttn.memory
-- Triton: checked in its interpreter and compiled for sm_90; its time and its bfloat16 on a card: not yet measured
+- A window of 256 at T = 16,384, forward: 158 ms; torch's kernel, which wants the mask as a matrix, takes 26 times as
+  long: BenchFlashAttn.window
+- T = 16,384: peak above inputs and outputs 45 MB (the scores of its 8 heads: 8,192): BenchFlashAttn.memory
+- Triton: checked in its interpreter, compiled for sm_90 at D = 64 in bfloat16; its time and its bfloat16 on a card: not
+  yet measured
 
-Left out, for short trials on a CPU showed no clear gain: rescaling only when the maximum grew enough, -m as the score
-product's bias, transposed accumulators for dK and dV. Differs from the papers: in plain PyTorch tiles are 256 × 256
-and half precision is computed in fp32 tile by tile; the Triton kernels copy inputs that are not contiguous, and their
-backward pass is two kernels that compute P twice, instead of atomic additions to dQ.
+Differs from the papers: in plain PyTorch tiles are 256 × 256 and half precision is computed in fp32 tile by tile (on a
+card, where the script is run, in TF32; the Triton kernels multiply fp32 exactly); inputs whose heads don't lie one
+after another are copied; Triton's backward pass is two kernels that compute P twice, instead of atomic additions to dQ.
 
 The task: keys, each with its value; then all keys again in another order, and the model names the value. To make this
-quick to learn, a token's attention key is the token before it, under the queries' own projection [7]: from the start a
-token looks at what followed tokens like it. A plain Transformer must learn both, as induction heads [6].
+quick to learn, a token's attention key is the token before it (the extreme of [6]'s smeared keys), under the queries'
+own projection [7]: from the start, what followed tokens like it has the highest scores, and training makes it stand
+out. A plain Transformer must learn this in two layers, an induction head [6].
 
 Shapes: B batch, T tokens (T_q queries, T_k keys), H heads (H_kv of keys), G = H / H_kv, D head dim, C width.
 
@@ -127,8 +130,8 @@ def spans(T_q, T_k, causal=False, window=None, cu_seqlens=None):
 
     Queries are aligned with the last keys: query i stands at key T_k - T_q + i, so that new tokens can be asked about
     with all of a cache as keys. (is_causal of torch's scaled_dot_product_attention aligns the first ones.)
-    causal: keys up to its own position p. window w: of these the w newest; if not causal, those with |p - j| < w.
-    cu_seqlens (n + 1,): packed documents, the n-th from token cu_seqlens[n] to cu_seqlens[n + 1]; each sees itself.
+    causal: keys up to its own position p. window w [5]: of these the w newest; if not causal, those with |p - j| < w.
+    cu_seqlens (n + 1,): packed documents, the i-th from token cu_seqlens[i] to cu_seqlens[i + 1]; each sees itself.
     """
     p = torch.arange(T_q) + (T_k - T_q)  # (T_q,): each query's place among the keys
     lo, hi = torch.zeros_like(p), torch.full_like(p, T_k)
@@ -146,8 +149,8 @@ def spans(T_q, T_k, causal=False, window=None, cu_seqlens=None):
 def attention(q, k, v, causal=False, window=None, scale=None, cu_seqlens=None):
     """The reference: softmax(q kᵀ · scale) v, scale 1 / √D. q (B, H, T_q, D), k and v (B, H_kv, T_k, D).
 
-    Its matrices of B · H · T_q · T_k numbers are what this file is about: two are kept for the backward pass, three
-    are there at once while it runs. A query that sees no key gets 0.
+    Its matrices of B · H · T_q · T_k numbers are what this file is about: two are kept for the backward pass, and at
+    most three are there at once, in either pass. A query that sees no key gets 0.
     """
     lo, hi = check(q, k, v, causal, window, cu_seqlens)
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))  # (B, H, T_k, D)
@@ -217,8 +220,8 @@ def add_tile(o, m, l, s, v):
     (columns, D).
 
     o (rows, D) is a sum with weights e^(s - m) that add up to l (rows, 1); it is divided once, after the last tile.
-    (Line 10 as printed divides by the rescale e^(m - m'), a slip.) A first tile must not have -inf alone: -inf - -inf
-    is NaN.
+    (Line 10 as printed divides by the rescale e^(m - m_new), a slip.) In the first tile each row needs a finite score,
+    else -inf - -inf is NaN.
     """
     m_new = torch.maximum(m, s.amax(dim=-1, keepdim=True))
     p, old = torch.exp(s - m_new), torch.exp(m - m_new)  # (rows, columns), (rows, 1)
@@ -386,8 +389,9 @@ def flash_attention(q, k, v, causal=False, window=None, scale=None, backend="aut
 # ---- four: the same as Triton kernels ------------------------------------------------------------------------------
 
 # A kernel runs once for each cell of a grid, as a "program" told its place by tl.program_id. Capitals (Q, LO) are
-# pointers, tl.constexpr arguments are fixed when it is compiled. Until load_triton has compiled them, these are plain
-# functions and tl is a stand-in. Kernels can't read Python's globals: 0.6931471805599453 is ln 2, 1 / LOG2E.
+# pointers, tl.constexpr arguments are fixed when it is compiled, which is at its first launch. Until load_triton has
+# wrapped them, these are plain functions and tl is a stand-in. Kernels can't read a plain number among Python's
+# globals: 0.6931471805599453 is ln 2, 1 / LOG2E.
 tl = types.SimpleNamespace(constexpr="constexpr")
 
 
@@ -405,8 +409,8 @@ def store_tile(X, x, h, t, T, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 def parts(LO, HI, first, last, SIZE: tl.constexpr):
-    """Where tiles of SIZE begin that the mask's start cuts, then full ones, then those that its end cuts, and where
-    they end, for rows from first to last; tile_map in other words."""
+    """For rows first to last, four places along the keys: tiles of SIZE from start to full are cut by the mask's start,
+    from full to cut they are whole, from cut to stop cut by its end; tile_map in other words."""
     start, stop = tl.load(LO + first) // SIZE * SIZE, tl.load(HI + last)
     full = tl.cdiv(tl.load(LO + last), SIZE) * SIZE
     cut = tl.maximum(tl.load(HI + first) // SIZE * SIZE, full)
@@ -424,7 +428,7 @@ def forward_kernel(Q, K, V, O, LSE, LO, HI, scale, T_q, T_k, G, D: tl.constexpr,
     m = tl.full([ROWS], -1e30, tl.float32)
     l = tl.zeros([ROWS], tl.float32)
     o = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    for part in tl.static_range(3):  # only the first and the last third have to look at the mask
+    for part in tl.static_range(3):  # only the first and the last part have to look at the mask
         begin, end = (start, tl.minimum(full, stop)) if part == 0 else (full, cut) if part == 1 else (cut, stop)
         for j0 in range(begin, end, COLUMNS):
             j = j0 + tl.arange(0, COLUMNS)
@@ -509,7 +513,7 @@ def triton_lacks(q):
 
 
 def load_triton():
-    """Import Triton and compile the kernels, once."""
+    """Import Triton and wrap the kernels, once."""
     global tl
     if isinstance(tl, types.SimpleNamespace):
         import triton
@@ -624,8 +628,8 @@ def choose_attention(c):
 
 
 def step_with(attend, model, x, y, autocast):
-    """Loss, gradients, and the MB that the forward pass keeps for the backward pass, with another attention."""
-    kept, old, weights = {}, model.blocks[0].attend, {p.data_ptr() for p in model.parameters()}
+    """Loss, gradients, and the MB that the forward pass keeps for the backward pass, with attend as its attention."""
+    kept, weights = {}, {p.data_ptr() for p in model.parameters()}
 
     def keep(t):
         if t.untyped_storage().data_ptr() not in weights:  # they are there anyhow
@@ -637,8 +641,6 @@ def step_with(attend, model, x, y, autocast):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), autocast:
         loss = F.cross_entropy(model(x).float().flatten(0, 1), y.flatten())
     grads = torch.autograd.grad(loss, list(model.parameters()))
-    for block in model.blocks:
-        block.attend = old
     return loss.item(), grads, sum(kept.values()) / 2**20
 
 
@@ -957,10 +959,12 @@ def bench_case(c, kind, T):
     def forward(q, k, v):
         if kind == "naive":
             return attention(q, k, v, c.causal, c.window)
-        if kind == "sdpa":  # a window needs a mask, as a matrix; its making is timed too
-            lo, hi = (t.to(device)[:, None] for t in spans(len(q[0, 0]), len(q[0, 0]), c.causal, c.window))
-            j = torch.arange(len(q[0, 0]), device=device)
-            mask = (lo <= j) & (j < hi) if c.window else None
+        if kind == "sdpa":
+            mask = None
+            if c.window:  # it wants it as a matrix, whose making is timed too
+                lo, hi = (t.to(device)[:, None] for t in spans(len(q[0, 0]), len(q[0, 0]), c.causal, c.window))
+                j = torch.arange(len(q[0, 0]), device=device)
+                mask = (lo <= j) & (j < hi)
             return F.scaled_dot_product_attention(q, k, v, mask, is_causal=c.causal and not c.window)
         return flash_attention(q, k, v, c.causal, c.window, backend=kind)
 
@@ -1000,7 +1004,8 @@ def bench(c):
     most, rows = 2 * side**3 / min(times), []
     print(f"{device} {dtype}, {torch.get_num_threads()} threads | {c.heads} heads, D {c.head_dim}, causal {c.causal} "
           f"window {c.window}\ntorch and triton are this file's, sdpa is torch's own kernel\n"
-          f"a matrix product of {side:,}: {most / 1e9:.0f} GFLOP/s; shares of it, forward and both, are last but one\n"
+          f"a matrix product of {side:,}: {most / 1e9:.0f} GFLOP/s; 'of FLOP/s' are shares of it, forward and "
+          "forward with backward; 'moved' is calculated\n"
           f"{'T':>6} {'backend':>8} {'forward':>12} {'and backward':>14} {'peak':>10} {'of FLOP/s':>16} {'moved':>10}")
     if device.type == "cuda" and lack:
         print(f"triton is left out: {lack}")

@@ -2,16 +2,17 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch", "numpy", "tiktoken", "requests"]
 # ///
-"""GPT-2: a Transformer decoder that learns to write by predicting each next token, from random weights or OpenAI's.
+"""GPT-2: a Transformer decoder that learns to write by predicting the next token, from random weights or OpenAI's on.
 
-A stack of blocks reads tokens from left to right; in each block every token looks back at those before it (attention)
-and is then worked on alone (MLP). The one objective is the cross-entropy of the next token [1, 2]. Sampling feeds the
-model its own words; fine-tuning goes on with the same loss on other text, instructions with answers for example.
+All tokens pass through a stack of blocks at once; in each block a token looks at itself and at those before it, never
+ahead (attention), and is then worked on alone (MLP). The one objective is the cross-entropy of the next token [1, 2].
+Sampling feeds the model its own words; fine-tuning goes on with the same loss on other text, instructions with answers
+for example.
 
     python gpt2.py                                      # offline, learns to write Python from the standard library
-    python gpt2.py --data shakespeare                   # downloads 1.1 MB
-    python gpt2.py --sample_only --prompt "def add("    # from the run's best checkpoint
-    python gpt2.py --resume                             # train on from the run's last checkpoint
+    python gpt2.py --sample_only --prompt "def add("    # from that run's best checkpoint
+    python gpt2.py --resume --steps 3600                # train on from its last; the rate rises again at first
+    python gpt2.py --data shakespeare --out out/shakespeare     # downloads 1.1 MB
     python gpt2.py --init gpt2 --sample_only --prompt "The meaning of life is"      # OpenAI's weights, 548 MB
     python gpt2.py --init gpt2 --eval_only --data my.txt
     python gpt2.py --init gpt2 --data my.jsonl --optimizer adamw --lr 3e-5 --block_size 512      # instructions
@@ -23,21 +24,21 @@ What to expect (torch 2.13.0, two cores of an AMD EPYC, fp32, no compile, seed 1
 - python gpt2.py: val loss 1.313 (1.894 bits per byte) on Python 3.11's library, in 170 s of which 136 are training
 - Shakespeare by bytes, context 128: val loss 1.565 after 127 s. A plain loop with the well-known small CPU setting
   (4 layers, width 128, 12 × 64, AdamW) is at 1.879 after 141 s: python tests.py BenchGPT2.shakespeare
-- That setting's tokens per second against the plain loop's: 1.04 times, compiled 1.10; at 124M and 4 × 256 1.06 and
-  1.05: BenchGPT2.speed. Sampling at 124M, batch 1: 17 tokens/s in fp32, .86 of what reading the weights alone would
-  allow, 35 in bf16: BenchGPT2.sampling. A 3-GB .bin trains in 260 MB of anonymous memory, a 3-MB one in 257 MB:
-  BenchGPT2.memory
-- 500 steps on Shakespeare, each rate swept, val loss over 3 seeds: Muon 1.779 ± .017, AdamW 1.974 ± .012, Lion 2.044 ±
-  .024, Sophia 2.090 ± .031, Adam 2.517 ± .096 (its L2 term hurts it): BenchGPT2.optimizers
+- Tokens per second 1.04 times the plain loop's, at 124M 1.06 (BenchGPT2.speed); sampling at 124M, batch 1: 17 tokens/s
+  in fp32, 35 in bf16 (.sampling); a 3-GB .bin is trained on in 260 MB (.memory): assets/logs/gpt2/benchmarks.txt
+- 500 steps on Shakespeare, each learning rate swept on one seed, val loss of three others: Muon 1.779 ± .017, AdamW
+  1.974 ± .012, Lion 2.044 ± .024, Sophia 2.090 ± .031, Adam 2.517 ± .096 (as L2 a decay of .1 is too much for it):
+  BenchGPT2.optimizers
 - GPU: not yet measured. Shakespeare: --n_layer 6 --n_head 6 --n_embd 384 --block_size 256 --batch_size 64 --steps 5000
   --dropout 0.2 --compile. Speed and memory at 124M: --tokenizer gpt2 --n_layer 12 --n_head 12 --n_embd 768 --block_size
   1024 --steps 100, with and without --compile and --grad_checkpoint.
 
-Differs from the papers: rotary positions and Muon, the defaults, are younger; --pos learned --optimizer adamw is the
-original. Init is [1] §4.1's with [2] §2.3's scaling; OpenAI's code has .01 for wpe. About --eval_tokens validation
-tokens are read at an evaluation, in windows side by side, so that a token has half a block of context on average.
+Differs from the papers: rotary positions and Muon, the defaults, are younger; nearest to [1] §4.1 is --tokenizer gpt2
+--pos learned --optimizer adamw --weight_decay 0.01 --dropout 0.1. Init is [1] §4.1's with [2] §2.3's scaling; OpenAI's
+code has .01 for wpe. About --eval_tokens validation tokens are read at an evaluation, in windows that don't overlap, so
+that a token has half a block of context on average.
 
-Shapes: B batch, T tokens (the block), C width, H heads (H_kv of keys), D = C / H, V vocabulary.
+Shapes: B batch, T tokens (the block), C width, H query heads (H_kv of keys), D = C / H, V vocabulary.
 
 [1] Radford et al. 2018, Improving language understanding by generative pre-training (GPT)
 [2] Radford et al. 2019, Language models are unsupervised multitask learners (GPT-2)
@@ -91,20 +92,20 @@ class Config:
     init: str | None = None  # start from gpt2, gpt2-medium, gpt2-large, gpt2-xl, a .pt or .safetensors file, a folder
     # optimiser
     optimizer: str = "muon"  # adamw, adam (with L2 instead of decay), lion, sophia or muon
-    lr: float | None = None  # peak; None: LEARNING_RATES, for small models from scratch; --init gpt2: adamw, 3e-5
+    lr: float | None = None  # peak; None: LEARNING_RATES, for small models from scratch; --init gpt2 wants adamw, 3e-5
     adam_lr: float = 6e-3  # peak rate of what muon leaves to AdamW: embeddings, biases, layer norms
     warmup: int = 100  # steps of linear warm-up
     weight_decay: float = 0.1  # on matrices only
-    beta2: float = 0.99  # Adam's memory for squares: .95 for batches of half a million tokens, longer for small ones
+    beta2: float = 0.99  # decay of Adam's average of squares: .95 for batches of half a million tokens, more for small
     grad_clip: float = 1.0  # largest norm of the whole gradient; 0: no clipping
     batch_size: int = 8  # sequences per micro-batch
     grad_accum: int = 1  # micro-batches per step and process
     # run
     steps: int = 1800  # updates of the parameters
-    stop_at: int | None = None  # end at this step, the schedule unchanged; its evaluation counts for --patience
+    stop_at: int | None = None  # end at this step, the schedule unchanged; the evaluation there counts for --patience
     eval_every: int = 300  # steps between evaluations; each is followed by a checkpoint and a sample
-    eval_tokens: int = 131072  # about so many validation tokens an evaluation, whole windows evenly spread; 0: all
-    patience: int = 0  # stop after so many evaluations without a better one; 0: never
+    eval_tokens: int = 131072  # about this many validation tokens an evaluation, in whole windows evenly spread; 0: all
+    patience: int = 0  # stop after this many evaluations without a new best; 0: never
     log_every: int = 10  # steps between log lines
     seed: int = 1337  # of initial weights, batches, dropout and samples
     out: str = "out/gpt2"  # the run's folder
@@ -118,7 +119,7 @@ class Config:
     sample_only: bool = False  # continue the prompt, no training
     eval_only: bool = False  # loss, perplexity and bits per byte of all of --data, no training
     prompt: str = "\n"  # what a sample continues; with --instruct, the instruction that it answers
-    instruct: bool = False  # samples stand in the template of instructions; training on .jsonl sets it
+    instruct: bool = False  # put the prompt into the template of instructions; training on .jsonl sets it
     sample_tokens: int = 256  # length of a sample
     temperature: float = 0.8  # below 1 favours likely tokens; 0 takes the likeliest
     top_k: int | None = None  # sample among the k likeliest
@@ -245,6 +246,7 @@ class TransformerBlock(nn.Module):
 
 OFFICIAL = {name: f"https://huggingface.co/openai-community/{name}/resolve/main/model.safetensors"
             for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
+# stored transposed by Hugging Face, whose Conv1D computes x w; and what a config.json there must not contradict
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 HF_SETTINGS = dict(activation_function="gelu_new", layer_norm_epsilon=1e-5, scale_attn_weights=True,
                    scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True)
@@ -252,7 +254,7 @@ HF_SETTINGS = dict(activation_function="gelu_new", layer_norm_epsilon=1e-5, scal
 
 class GPT(nn.Module):
     """model(idx (B, T)) -> (logits (B, 1, V) of the token after the last, None). With targets (B, T), in which -100 is
-    ignored: (logits (B, T, V), mean cross-entropy in nats)."""
+    ignored: (logits (B, T, V), mean cross-entropy in nats); V is rounded up to a multiple of pad_vocab."""
 
     def __init__(self, config):
         super().__init__()
@@ -395,6 +397,13 @@ def with_gradients(optimizer):
     return [(p, optimizer.state[p], group) for p, group in every if p.grad is not None]
 
 
+def buffer(state, name, p):
+    """The tensor of this name in an optimizer's state of the parameter p, zeros at first."""
+    if name not in state:
+        state[name] = torch.zeros_like(p)
+    return state[name]
+
+
 class Lion(torch.optim.Optimizer):
     """Lion [7]: every coordinate moves by η, against the sign of a momentum. One buffer where Adam has two."""
 
@@ -404,7 +413,7 @@ class Lion(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         for p, state, group in with_gradients(self):
-            m, lr, (beta1, beta2) = state.setdefault("momentum", torch.zeros_like(p)), group["lr"], group["betas"]
+            m, lr, (beta1, beta2) = buffer(state, "momentum", p), group["lr"], group["betas"]
             p.mul_(1 - lr * group["weight_decay"])
             p.sub_(torch.sign(m.lerp(p.grad, 1 - beta1)), alpha=lr)  # θ ← θ − η (sign(β₁ m + (1 − β₁) g) + λθ)
             m.lerp_(p.grad, 1 - beta2)  # m ← β₂ m + (1 − β₂) g, after the step, with a longer memory: [7] Alg. 2
@@ -413,10 +422,10 @@ class Lion(torch.optim.Optimizer):
 class SophiaG(torch.optim.Optimizer):
     """Sophia-G [8]: momentum over an estimate h of the Hessian's diagonal, the quotient clipped to ±1.
 
-    update_hessian comes before the first step and then at every tenth or so. It wants the gradient ĝ of the mean loss
+    update_hessian comes before the first step and then every ten steps or so. It wants the gradient ĝ of the mean loss
     over B tokens (here B is not the batch) whose labels were drawn from the model's own prediction
     (Gauss-Newton-Bartlett): h ≈ E[B ĝ²].
-    rho is [8]'s γ, in the name and with the value that the authors' code has, as are the betas.
+    rho is [8]'s γ, so named and with this default in the authors' code, as are the betas.
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.965, 0.99), rho=0.04, weight_decay=0.0):
@@ -425,14 +434,14 @@ class SophiaG(torch.optim.Optimizer):
     @torch.no_grad()
     def update_hessian(self, tokens):
         for p, state, group in with_gradients(self):
-            h = state.setdefault("hessian", torch.zeros_like(p))
+            h = buffer(state, "hessian", p)
             h.lerp_(tokens * p.grad.square(), 1 - group["betas"][1])  # h ← β₂ h + (1 − β₂) B ĝ², [8] Alg. 2 and 3
 
     @torch.no_grad()
     def step(self, closure=None):
         for p, state, group in with_gradients(self):
-            m = state.setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 1 - group["betas"][0])
-            h = state.setdefault("hessian", torch.zeros_like(p))
+            m = buffer(state, "momentum", p).lerp_(p.grad, 1 - group["betas"][0])
+            h = buffer(state, "hessian", p)
             p.mul_(1 - group["lr"] * group["weight_decay"])  # θ ← θ − η λ θ, then θ ← θ − η clip(m / max(ρh, ε), 1)
             p.sub_((m / (group["rho"] * h).clamp(min=1e-15)).clamp(-1, 1), alpha=group["lr"])  # [8] Alg. 3
 
@@ -465,7 +474,7 @@ class Muon(torch.optim.Optimizer):
         by_shape = {}  # matrices of one shape go through newton_schulz as a batch
         for p, state, group in with_gradients(self):
             mu, rows = group["momentum"], group["split"] or p.size(0)
-            m = state.setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 1 - mu)  # m ← μ m + (1 − μ) g
+            m = buffer(state, "momentum", p).lerp_(p.grad, 1 - mu)  # m ← μ m + (1 − μ) g
             ahead = p.grad.lerp(m, mu)  # Nesterov: μ m + (1 − μ) g once more
             p.mul_(1 - group["lr"] * group["weight_decay"])
             for part, o in zip(p.split(rows), ahead.split(rows)):
@@ -483,7 +492,7 @@ def make_optimizers(model, c):
     groups = [dict(params=[p for p in rest if p.dim() >= 2], weight_decay=c.weight_decay),
               dict(params=[p for p in rest if p.dim() < 2], weight_decay=0.0)]
     adam = dict(betas=(0.9, c.beta2), fused=rest[0].device.type in ("cpu", "cuda"))  # fused: one kernel for all
-    if c.optimizer == "adamw":  # [6] Alg. 2: θ ← θ − η (m̂ / (√v̂ + ε) + λθ)
+    if c.optimizer == "adamw":  # θ ← θ − η (m̂ / (√v̂ + ε) + λθ); in [6] Alg. 2 the peak rate is on m̂ alone
         optimizers = [torch.optim.AdamW(groups, lr=c.lr, **adam)]
     elif c.optimizer == "adam":  # [5] with L2, g ← g + λθ: the decay is divided by √v̂ as well, the point of [6]
         optimizers = [torch.optim.Adam(groups, lr=c.lr, **adam)]
@@ -555,7 +564,7 @@ def make_tokenizer(name):
 class Tokens:
     """Arrays of token ids, perhaps on disk, read in windows of T + 1 that never cross from one array into the next: x
     (B, T) and y (B, T), the tokens after x. The prompts of .jsonl rows are stored as ~id = -1 - id, which is negative:
-    such a token is read, but y has -100 in its place."""
+    the model reads such a token but doesn't learn to predict it: y has -100 there."""
 
     def __init__(self, arrays, T, vocab_size):
         self.arrays, self.T, self.vocab_size, self.size = arrays, T, vocab_size, sum(map(len, arrays))
@@ -569,7 +578,7 @@ class Tokens:
         return self.read(self.draws, np.random.default_rng(seed).integers(self.draws[-1], size=batch_size), 1)
 
     def batches(self, batch_size, limit=None):
-        """Every token but an array's first as a target once; limit: at most so many windows, evenly spread."""
+        """Every token but an array's first as a target once; limit: at most this many windows, evenly spread."""
         n = int(self.tiles[-1])
         numbers = np.arange(n) if not limit or n <= limit else np.arange(limit) * n // limit
         for i in range(0, len(numbers), batch_size):
@@ -634,7 +643,7 @@ def load_data(data, data_dir, tokenizer, T, fraction=0.9):
             rows = [row for f in files for row in load_rows(f, tokenizer, T)]
             parts = rows[:int(len(rows) * fraction)], rows[int(len(rows) * fraction):]
         else:
-            if ".bin" in kinds:  # uint16 ids that stay on disk
+            if ".bin" in kinds:  # uint16 ids that stay on disk, split by place: a name like val.bin says nothing
                 arrays = [np.memmap(f, np.uint16, mode="r") for f in files if f.suffix == ".bin"]
             else:  # texts, with a stop token between two
                 stop, texts = np.array([tokenizer.stop], np.uint16), []
@@ -763,7 +772,7 @@ PEAK_FLOPS = {"A100": 312e12, "H100 80GB HBM3": 989e12, "H200": 989e12, "4090": 
 
 @torch.no_grad()
 def evaluate(model, data, tokenizer, autocast, batch_size, limit=None):
-    """Loss (mean nats per token), perplexity and bits per byte of data, over windows that stand side by side."""
+    """Loss (mean nats per token), perplexity and bits per byte of data, over windows that don't overlap."""
     device = next(model.parameters()).device
     lengths = torch.tensor([len(tokenizer.decode(i)) for i in range(tokenizer.vocab_size)])  # bytes of each token,
     lengths[tokenizer.stop] = 0  # but what ends a text is no part of it
@@ -877,7 +886,8 @@ class Run:
 
     def check(self, name, value, step):
         if not math.isfinite(value):
-            raise UserError(f"{name} is {value} at step {step}: lower --lr; {self.out} keeps the last checkpoint", 1)
+            raise UserError(f"{name} is {value} at step {step}: lower --lr (muon: --adam_lr too); {self.out} keeps the "
+                            "last checkpoint", 1)
 
     def log(self, line, **row):
         """A line for people, and a row for log.jsonl and the curves."""
@@ -899,12 +909,25 @@ class Run:
             write_atomic(self.out / name, state)
 
 
+def estimate_hessian(model, sophia, autocast, x, y, world):
+    """Sophia's estimate from tokens x (B, T) and their next ones y (B, T), in place of which labels are drawn."""
+    with autocast:
+        logits = model(x, y)[0].float().flatten(0, 1)  # (B * T, V)
+    labels = torch.multinomial(logits.detach().softmax(dim=-1), 1).flatten()  # (B * T,), the model's own
+    F.cross_entropy(logits, labels.masked_fill(y.flatten() < 0, -100)).backward()
+    tokens = (y >= 0).sum()
+    if world > 1:  # ranks have other numbers of answers, and must all arrive at the same estimate
+        torch.distributed.all_reduce(tokens)
+    sophia.update_hessian(tokens)
+    sophia.zero_grad()
+
+
 def training_step(model, optimizers, scaler, autocast, data, c, step, device, rank, world):
     """One update of the parameters; returns the mean loss, which the device may still be working on.
 
     Batches and dropout depend on (seed, step) alone: a resumed run goes on as if it had never stopped, on a CPU bit for
-    bit. N ranks read the batches that one rank reads with N times the accumulation; dropout and Sophia's estimate draw
-    others.
+    bit. N ranks read the batches that one rank reads with N times the accumulation; their random numbers for dropout
+    and Sophia differ.
     """
     torch.manual_seed(int(np.random.SeedSequence((c.seed, step, rank)).generate_state(1)[0]))  # dropout, Sophia
     for optimizer in optimizers:
@@ -912,22 +935,14 @@ def training_step(model, optimizers, scaler, autocast, data, c, step, device, ra
             group["lr"] = learning_rate(step, optimizer.defaults["lr"], c.warmup, c.steps)
     if c.optimizer == "sophia" and step % 10 == 0:
         x, y = (t.to(device) for t in data.batch((c.seed, step, rank), c.batch_size))  # (B, T) each
-        with autocast:
-            logits = model(x, y)[0].float().flatten(0, 1)  # (B * T, V)
-        labels = torch.multinomial(logits.detach().softmax(dim=-1), 1).flatten()  # (B * T,), the model's own
-        F.cross_entropy(logits, labels.masked_fill(y.flatten() < 0, -100)).backward()
-        tokens = (y >= 0).sum()
-        if world > 1:  # ranks have other numbers of answers, and must all arrive at the same estimate
-            torch.distributed.all_reduce(tokens)
-        optimizers[0].update_hessian(tokens)
-        optimizers[0].zero_grad()
+        estimate_hessian(model, optimizers[0], autocast, x, y, world)
     total = 0.0
     for micro in range(c.grad_accum):
         x, y = (t.to(device) for t in data.batch((c.seed, step, micro * world + rank), c.batch_size))
         if world > 1:  # ranks exchange gradients at the last micro-batch; DDP wants to know before the forward pass
             model.require_backward_grad_sync = micro == c.grad_accum - 1
         with autocast:
-            loss = model(x, y)[1] / c.grad_accum
+            loss = model(x, y)[1] / c.grad_accum  # a mean of means: where answers are few they weigh more
         scaler.scale(loss).backward()
         total += loss.detach()
     for optimizer in optimizers:
@@ -969,6 +984,8 @@ def train(c, interrupts=()):
     peak = max((value for name, value in PEAK_FLOPS.items() if name in card and not slower), default=None)
     if rank == 0:
         print(" ".join(f"{name}={value!r}" for name, value in dataclasses.asdict(c).items()))
+        if c.init in OFFICIAL and c.lr >= 1e-3:
+            print(f"--lr {c.lr} is for small models from scratch, spoils {c.init}: --optimizer adamw --lr 3e-5 won't")
         print(f"{size:,} parameters | {data.size:,} tokens to train on, {val.size:,} to validate | {device} {dtype}")
 
     resumed_at, end = run.step if c.resume else None, min(c.steps, c.stop_at or c.steps)

@@ -4,16 +4,18 @@
 # ///
 """I-JEPA: from a part of an image, predict what another network makes of the rest, instead of its pixels.
 
-A transformer, the encoder, sees one large block of patches, the context. A narrow second one, the predictor, is told
-where smaller blocks lie, the targets, that were cut out of it, and predicts for each of their patches the vector that
-the target encoder, which sees the whole image, has there [1]. The target encoder is a slow average of the encoder and
-gets no gradient: else the two would agree soonest on one vector for everything, and nothing would be learned.
+The encoder, a vision transformer, sees one large block of an image's patches, the context, without some smaller
+blocks, the targets. The predictor, a narrower transformer, gets the encoder's vectors and the targets' places, and
+predicts for each target patch the vector that the target encoder, which sees the whole image, has there [1]. Vectors,
+unlike pixels, may leave out what nobody can foretell, such as noise and exact texture. The target encoder is a slow
+average of the encoder and gets no gradient: with one, the easiest way to a low loss would be one vector for everything.
+Afterwards the target encoder is kept, and probes tell what its features are worth.
 
     python ijepa.py                                     # offline, ten kinds of shapes that the script draws
-    python ijepa.py --no-stop_gradient                  # watch the features collapse; --no-ema: targets move at once
+    python ijepa.py --resume --epochs 40                # on to a later end; the rate rises again at first
+    python ijepa.py --no-stop_gradient                  # watch the features collapse; --no-ema: targets without average
     python ijepa.py --data cifar10 --dim 192 --depth 6 --predictor_dim 96 --predictor_depth 4 --targets 4 \\
         --batch_size 256 --lr 1e-3 --warmup 500 --ema_start 0.996 --epochs 50   # downloads 170 MB
-    python ijepa.py --resume --epochs 40                # on to a later end; the rate rises again at first
     python ijepa.py --show_masks                        # masks.png: contexts and targets
     python ijepa.py --compare out/ijepa/ckpt.pt,out/mae/ckpt.pt --out out/compared  # also simclr.py's and vit.py's ViT
     python vit.py --init out/ijepa/ckpt.pt --lr 1e-3 --layer_decay 0.75         # fine-tune the encoder, with labels
@@ -25,28 +27,27 @@ encoder(images) -> (B, N, C), images being normalise(uint8, encoder.stats, 224).
 
 What to expect (torch 2.13.0, two cores of an AMD EPYC, seed 0, n = 1; logs in assets/logs/ijepa/):
 - python ijepa.py, test images of shapes, bfloat16, 174 s of training on one core: linear probe .357 (random init .221,
-  pixels .173), with a tenth of the labels .288 (.165, .184), with 1% .182 (.115, .136); kNN .214 (.117, pixels .334)
-- Masks on 8 × 8 patches, 10,000 images of four targets, which may overlap: each patch is context 1,596 to 7,364
-  times, target 1,264 to 15,123 times (python tests.py BenchIJEPA.coverage)
+  pixels .173), with a tenth of the labels .288 (.165, .184), with 1% .182 (.115, .136); kNN .214 (.117, .334)
+- Masks on 8 × 8 patches, four targets, which may overlap: of 10,000 images a patch is in the context of 16% (centre)
+  to 74% (corner), and in .13 (corner) to 1.51 (centre) targets of one on average (python tests.py BenchIJEPA.coverage)
 - A training step of 192 × 6, patch 4, predictor 96 × 4, batch 256, in bfloat16 by AVX-512: 204 images per second, 2.69
   times as fast as [1]'s design with torch's fused attention in fp32 eager, 1.79 times as that under autocast, at the
   same masks, which need no padding; with the script's own, padded contexts 132 images per second: BenchIJEPA.speed
-- CIFAR-10, JPEG copy, 192 × 6, predictor 96 × 4, 817 steps of 128 images in 21 minutes on one core, the best of three
-  rates, validation images: kNN .349 (random init .267, pixels .357), linear .434 (.408, .378): BenchIJEPA.row ijepa.
-  MAE in as much time, 2,938 steps: .403 and .552: BenchIJEPA.row mae
-- Test images, the same encoder after 20 to 23 minutes each, kNN and linear: I-JEPA .425 and .490, MAE .472 and .591,
-  SimCLR .478 and .528 (its colours unchanged .403 and .481), with labels .582 and .597, random init .336 and .462,
-  pixels .451 and .412: BenchIJEPA.comparison
+- CIFAR-10 from a JPEG copy (about three points lower), an encoder of 192 × 6 after 20 to 23 minutes each on one core,
+  the best of three rates, kNN and linear on test images: I-JEPA (817 steps of 128 images) .425 and .490, MAE (2,938)
+  .472 and .591, SimCLR .478 and .528 (its colours unchanged .403 and .481), with labels .582 and .597, random init
+  .336 and .462, pixels .451 and .412: BenchIJEPA.comparison
 - On a GPU: not yet measured
 
-The features are the mean of the patches' vectors after the last norm, the target encoder's; probes are mae.py's.
+The features are the target encoder's, the mean of its patches' vectors after the last norm; probes are mae.py's.
 Differs from [1]: images are shifted and mirrored, not cropped at random sizes; masks fit small grids (sample_masks
-says how [1]'s code fails there); initial weights are Xavier's, as in mae.py: with [1]'s deviation of .02 a patch of 48
-numbers of unit variance has .02 √48 = .14 beside positions of √½ = .71, and predicting positions is easy; defaults
-suit shapes and a CPU.
+says how); initial weights are Xavier's, as in mae.py (with [1]'s deviation of .02 a patch of 48
+numbers of unit variance has .02 √48 = .14 beside positions of √½ = .71, and predicting positions is easy), and what
+block l adds starts divided by √(2 l); defaults suit shapes and a CPU.
 
-Shapes: B batch, N patches, K of them context, M in a target block, R blocks per image, C channels, D the predictor's,
-H heads, P patch side, S image side; images are (B, 3, S, S), uint8 until normalised.
+Shapes: B batch, N patches, K of them context, M in a target block, R blocks per image, T tokens, C channels, D the
+predictor's (in attention: per head), H heads, P patch side, S image side; images are (B, 3, S, S), uint8 until
+normalised.
 
 [1] Assran et al. 2023, I-JEPA, arXiv 2301.08243v3, and its code, github.com/facebookresearch/ijepa
 [2] van der Maaten and Hinton 2008, t-SNE, JMLR 9, 2579-2605
@@ -85,26 +86,26 @@ class Config:
     # masks, as shares of the image's area
     targets: int = 2  # blocks to predict, each alone; [1] has 4, which leave a smaller context
     target_min: float = 0.15  # least share of a target block
-    target_max: float = 0.2  # and largest; its height is 0.75 to 1.5 times its width
+    target_max: float = 0.2  # largest share of a target block; its height is 0.75 to 1.5 times its width
     context_min: float = 0.85  # least share of the square that the targets are cut out of; the largest is 1
     # model
     patch_size: int = 4  # side of a patch in pixels
     dim: int = 96  # numbers per token in the encoder
-    depth: int = 4  # its blocks
-    heads: int = 3  # and heads of each
-    predictor_dim: int = 48  # the same of the predictor, which is narrow [1] §3
-    predictor_depth: int = 1  # [1] has 12 beside ViT-H, which has 32
+    depth: int = 4  # blocks of the encoder
+    heads: int = 3  # attention heads of each
+    predictor_dim: int = 48  # numbers per token in the predictor, which is narrow [1] §3: 384 beside ViT-H's 1,280
+    predictor_depth: int = 1  # blocks of the predictor; [1] has 12 beside ViT-H, which has 32
     predictor_heads: int = 3  # [1]'s code has as many as the encoder
-    init: str | None = None  # a checkpoint of this script to start from: its weights, and its sizes for the defaults
+    init: str | None = None  # a checkpoint of this script to start from; sizes left at their defaults become its sizes
     # objective
     ema: bool = True  # targets from an average of the encoder's weights; else from the encoder as it is
-    ema_start: float = 0.95  # the average's momentum at first; [1]: .996; it rises linearly
-    ema_end: float = 1.0  # to this after the last step
-    stop_gradient: bool = True  # else targets come from the encoder, which the gradient then bends to be predictable
+    ema_start: float = 0.95  # momentum of the average at step 0, from where it rises linearly; [1]: .996
+    ema_end: float = 1.0  # momentum after the last step
+    stop_gradient: bool = True  # else the encoder makes the targets, and gets their gradient; --ema is then idle
     # optimiser
     lr: float = 2e-3  # peak, whatever the batch
-    weight_decay: float = 0.04  # at first, on weights alone, not on biases and norms, as in [1]'s code
-    weight_decay_end: float = 0.4  # after the last step; a cosine leads there
+    weight_decay: float = 0.04  # at first, on weights and the mask token, not on biases and norms, as in [1]'s code
+    weight_decay_end: float = 0.4  # after the last step; a cosine leads there, as in [1]'s code
     warmup: int = 100  # steps of linear warm-up
     batch_size: int = 64  # images per micro-batch
     grad_accum: int = 1  # micro-batches per step and process
@@ -204,7 +205,7 @@ class Attention(nn.Module):
         B, N, C = x.shape
         q, k, v = self.qkv(x).view(B, N, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # (B, H, N, D) each
         mask = None if key_mask is None else key_mask[:, None, None, :]  # (B, 1, 1, N)
-        if x.device.type == "cpu":  # on short sequences faster than torch's kernel in bfloat16: BenchViT.speed
+        if x.device.type == "cpu" and N <= 256:  # then faster than torch's kernel in bfloat16: BenchViT.speed
             scores = q @ k.mT / q.size(-1) ** 0.5  # (B, H, N, N)
             scores = scores if mask is None else scores.masked_fill(~mask, -math.inf)
             y = scores.softmax(dim=-1) @ v  # (B, H, N, D)
@@ -231,7 +232,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, heads)
         self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), FeedForward(dim, round(dim * mlp_ratio))
-        self.drop_path = drop_path or nn.Identity()  # vit.py has DropPath here
+        self.drop_path = drop_path or nn.Identity()  # DropPath in vit.py
 
     def forward(self, x, key_mask=None):
         x = x + self.drop_path(self.attn(self.norm1(x), key_mask))  # (B, N, C)
@@ -411,8 +412,7 @@ class IJEPA(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.stop_gradient):
             z = (self.target_encoder if self.stop_gradient else self.encoder)(images)  # (B, N, C)
             z = F.layer_norm(z.float(), z.shape[-1:])  # eps 1e-5, no parameters
-            ids = target_ids.view(-1, len(z), target_ids.size(1), 1).expand(-1, -1, -1, z.size(2))  # (R, B, M, C)
-            return z.expand(len(ids), -1, -1, -1).gather(2, ids).flatten(0, 1)  # (R B, M, C)
+            return torch.cat([take(z, ids) for ids in target_ids.split(len(z))])  # (R B, M, C)
 
     def forward(self, images, context_ids, target_ids, context_real=None):
         """Normalised images (B, 3, S, S) -> the loss, predictions and targets (R B, M, C): [1] §3 and its code, which
@@ -443,11 +443,10 @@ def sample_masks(batch, grid, generator, targets=4, target_scale=(0.15, 0.2), co
     (height over width), and one of context squares; positions are drawn for each image, uniform over all that fit,
     and what lies in a target leaves the context. An image left with fewer than least patches draws its targets anew.
 
-    [1]'s code fails on grids as small as 8 × 8: its randint(0, grid - h) leaves out the last position, so that 15 of 64
-    patches are neither context nor target, and no block may span the grid; one number gives both scale and aspect, so
-    that flat blocks are always small; it waits for more than min_keep patches, forever where a target can't have them,
-    while a context may in the end overlap targets; and it cuts all contexts of a batch to the shortest, in raster
-    order, from the bottom.
+    Differs from [1]'s code, which never ends on 8 × 8 with its own min_keep of 10: a 3 × 3 target has 9 patches. There
+    randint(0, grid - h) never draws the last position, so that 15 of 64 patches are neither context nor target, and no
+    block spans the grid; one draw gives both scale and aspect, so that flat blocks are always small; a context may in
+    the end overlap targets; all contexts of a batch are cut to the shortest, in raster order, from the bottom.
     """
     def uniform(low, high):
         return low + (high - low) * torch.rand((), generator=generator, dtype=torch.float64).item()
@@ -532,10 +531,9 @@ def batch_index(n, batch_size, seed, step, slot, slots):
 
 def adamw_groups(model, weight_decay):
     """AdamW as [1]'s code has it: decay on weights of layers and on the mask token, not on biases and norms."""
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    decayed = [p for name, p in trained if p.dim() > 1]
-    others = [p for name, p in trained if p.dim() == 1]
-    groups = [dict(params=decayed, weight_decay=weight_decay), dict(params=others, weight_decay=0.0)]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [dict(params=[p for p in trained if p.dim() > 1], weight_decay=weight_decay),
+              dict(params=[p for p in trained if p.dim() == 1], weight_decay=0.0)]
     return torch.optim.AdamW(groups, fused=True)  # one pass over memory per parameter
 
 
@@ -976,7 +974,7 @@ def pca(x, k):
 def affinities(x, perplexity=30.0):
     """P (N, N) of points x (N, C): how likely i and j are neighbours; it is symmetric, and its sum is 1 [2] §2, §3.
 
-    p_{j|i} ~ exp(-β_i |x_i - x_j|²); bisection finds the β_i with which row i has the entropy of perplexity equal p's.
+    p_{j|i} ~ exp(-β_i |x_i - x_j|²); bisection finds the β_i with which row i is as spread out as perplexity equal p's.
     """
     N, distances = len(x), torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").double() ** 2
     distances.fill_diagonal_(math.inf)  # nobody is his own neighbour
@@ -1097,8 +1095,9 @@ def compare_encoders(c):
         names = [str(i) for i, _ in enumerate(paths)]
     models = {name: read_encoder(path, c.data_dir) for name, path in zip(names, paths)}
     torch.manual_seed(c.seed)
-    fresh = Encoder(**next(iter(models.values()))[1].settings).eval()  # of the first one's sizes
-    if fresh.settings["image_size"] == 32:
+    settings = next(iter(models.values()))[1].settings
+    if settings["image_size"] == 32:
+        fresh = Encoder(**settings).eval()  # of the first one's sizes
         models["random_init"] = fresh.features, fresh
     for _, model in models.values():
         model.to(device)
@@ -1126,9 +1125,10 @@ def evaluate(model, train, val, c, autocast):
     """What a look during the run shows: the loss on validation images, under the same masks every time, what probes
     make of the features (the probe's rate is chosen on these images too), and whether the features collapse.
 
-    Signs of a collapse: std, of normalised features times √C, falls from 1 towards 0; rankme, the dimensions in use,
-    towards 1; and over_mean, the loss over that of predicting, whatever the image, the mean of all images' targets at
-    the place, is 1 or more. A falling loss is no sign of progress: it falls fastest where all targets become alike.
+    Read them beside the first look, at step 0. In a collapse std, of normalised features times √C, falls towards 0, and
+    rankme, the dimensions in use, towards 1. over_mean is the loss over that of a guess which knows the place but not
+    the image, the mean of 500 images' targets there: from 1 up nothing of the image is predicted, as before training.
+    A falling loss alone is no progress: it falls fastest where all targets become alike.
     """
     model.eval()
     generator, total, of_mean = torch.Generator().manual_seed(0), 0.0, 0.0
@@ -1161,6 +1161,7 @@ def load_ijepa(c):
         if value not in (default, has):
             raise UserError(f"--{name} {value}, but {c.init} has {has}")
         setattr(c, name, has)
+    c.__post_init__()  # do the masks fit its patches?
     return model
 
 
@@ -1218,7 +1219,7 @@ def train(c, interrupts=()):
     torch.manual_seed(c.seed)  # the same initial weights on every rank
     raw = load_ijepa(c).to(device)
     torch.manual_seed(c.seed)
-    fresh = IJEPA(**raw.settings).to(device)  # as the network was before it had learned anything
+    fresh = Encoder(**raw.encoder.settings).to(device)  # as the network was before it had learned anything
     if local == 0 and world > 1:
         torch.distributed.barrier()
     train_split, val, test = [[t.to(device) for t in split] for split in splits]  # uint8, all on the device
@@ -1320,7 +1321,8 @@ def finish_ijepa(run, model, yardsticks, train_split, val, test, c, autocast, de
     run.log(f"on test images, with {len(train_split[0]):,} labels, 10% or 1% of them:\n{probe_table(results)}\n"
             f"test linear {flat['test_linear']:.4f}, of random init {flat['test_linear_random_init']:.4f}, weights of "
             f"step {best['step']} | {run.seconds:.0f} s of training | peak {memory:.0f} MB | nearest training images, "
-            f"by ours, random init and pixels, in {run.out}/neighbours.png", seconds=run.seconds, **flat, final=True, peak_mb=memory)
+            f"by ours, random init and pixels, in {run.out}/neighbours.png", seconds=run.seconds, **flat, final=True,
+            peak_mb=memory)
     neighbours_png(encoders, train_split, test, run.out / "neighbours.png", autocast)
 
 

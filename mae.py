@@ -188,7 +188,7 @@ class Attention(nn.Module):
         B, N, C = x.shape
         q, k, v = self.qkv(x).view(B, N, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # (B, H, N, D) each
         mask = None if key_mask is None else key_mask[:, None, None, :]  # (B, 1, 1, N)
-        if x.device.type == "cpu":  # on short sequences faster than torch's kernel in bfloat16: BenchViT.speed
+        if x.device.type == "cpu" and N <= 256:  # then faster than torch's kernel in bfloat16: BenchViT.speed
             scores = q @ k.mT / q.size(-1) ** 0.5  # (B, H, N, N)
             scores = scores if mask is None else scores.masked_fill(~mask, -math.inf)
             y = scores.softmax(dim=-1) @ v  # (B, H, N, D)
@@ -215,7 +215,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, heads)
         self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), FeedForward(dim, round(dim * mlp_ratio))
-        self.drop_path = drop_path or nn.Identity()  # vit.py has DropPath here
+        self.drop_path = drop_path or nn.Identity()  # DropPath in vit.py
 
     def forward(self, x, key_mask=None):
         x = x + self.drop_path(self.attn(self.norm1(x), key_mask))  # (B, N, C)

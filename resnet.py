@@ -2,15 +2,16 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch", "numpy", "requests"]
 # ///
-"""ResNet: networks a hundred layers deep that train, because each block only has to learn what to add to its input.
+"""ResNet: networks a hundred layers deep that train: each block learns only what to add to its input.
 
 A plain stack of convolutions gets worse, on the training set too, when it gets deeper; with a shortcut around every
 two or three of them, y = F(x) + x, it gets better [1]. Wide ResNet, ResNeXt and RegNet keep the shortcut and differ in
-the block F, its width, and how many of them stand in a stage: here each is one line of settings.
+the block F, its width, and how many of them stand in a stage: here they are settings of one class, and Wide ResNet has
+a block of its own.
 
     python resnet.py                                    # offline, ten kinds of shapes that the script draws
     python resnet.py --data cifar10 --epochs 30 --batch_size 128        # downloads 170 MB
-    python resnet.py --data cifar10 --figure6           # plain and residual, 20 and 56 layers: [1] Figure 6
+    python resnet.py --data cifar10 --figure6 --epochs 4 --lr 0.05     # plain and residual, 20 and 56 layers [1] Fig. 6
     python resnet.py --data cifar10 --landscape out/resnet/figure6/plain56/ckpt.pt,out/resnet/figure6/resnet56/ckpt.pt
     python resnet.py --data cifar10 --arch fast --optimizer muon --schedule linear --batch_size 2000 --epochs 12 \\
         --flip alternate --crop 3 --label_smoothing 0.2 --full_train        # high accuracy per FLOP
@@ -24,9 +25,8 @@ What to expect (torch 2.13.0, two cores of an AMD EPYC, seed 0, n = 1; logs in a
 - python resnet.py, fp32: test accuracy 96.5% on shapes, in 118 s, 94 of them training (a linear probe of pixels: 17%)
 - --arch fast, the command above, all 50,000 images of a JPEG copy of CIFAR-10 (which costs some accuracy): test
   accuracy 90.20%, 91.63% averaged over six views, for 0.578 PFLOP (10^15 operations: 6 × multiply-adds (MACs) ×
-  images), 59 minutes on one of two cores in bfloat16. Two convolutions to a block (118 million MACs), 16 epochs and
-  --crop 4 on 45,000 images: 89.14% and 90.23% for 0.499 PFLOP; three, 8 epochs, --crop 2, all 50,000: 89.45% and
-  90.50% for 0.386
+  images), 59 minutes on one of two cores in bfloat16. With 8 epochs and --crop 2: 89.45% and 90.50% for 0.386; an
+  earlier version, two convolutions to a block, 16 epochs and --crop 4 on 45,000 images: 89.14% and 90.23% for 0.499
 - A training step of resnet18 with a 3×3 first layer (CIFAR's stem), batch 64, bfloat16 by AVX-512: 2.08 times as fast
   as the same network in plain fp32 eager, compiled 2.20; augmentation is 0.3% of it: python tests.py
   BenchResNet.speed. On cores without bfloat16 units (fp32): 1.09 and 1.14
@@ -35,14 +35,17 @@ What to expect (torch 2.13.0, two cores of an AMD EPYC, seed 0, n = 1; logs in a
   39.9% with 56; residual 76.8% and 72.8%. The shortcut mends most of what depth breaks, on training images too; that
   the deeper residual network gets ahead of the shallower one takes more epochs: not yet measured
 - The landscape of those two deep networks, 13 × 13 points, 3.2 minutes on one core (assets/resnet_landscape.svg): the
-  median loss on its edge is 2,337 around the plain one, 37 around the residual one
-- Each --norm on shapes, 15,360 images: batches of 256, the best of three rates, test accuracy: batch .466, layer .145,
-  none .111; batches of 2, one rate for all: .240, .248, .287: BenchResNet.norms
+  median loss on its edge is 2,337 around the plain one, 37 around the residual one (batch norm's statistics stay those
+  of the centre, see loss_surface)
+- --norm, ResNet-20 on shapes, 15,360 images seen, test accuracy (chance .1): 60 steps of 256, the best of three rates
+  on validation: batch .466, layer .145, none .111; 7,680 steps of 2, one rate for all: .240, .248, .287:
+  BenchResNet.norms
 - On a GPU: not yet measured
 
-Differs from [1]: Nesterov momentum, cosine instead of steps (÷10 after 32,000 and 48,000), decay on weights only, crops
-with reflected borders, stride in a bottleneck's 3×3 convolution (v1.5). What is left of an epoch after the last whole
-batch is dropped. Stochastic depth draws a coin per image, DropBlock works on a block's sum: see there.
+Differs from [1]: Nesterov momentum, cosine instead of steps (÷10 after 32,000 and 48,000 iterations), decay on weights
+only, one mean per channel instead of per pixel, crops with reflected borders, stride in a bottleneck's 3×3 convolution
+(torchvision's "v1.5"). The last, incomplete batch of an epoch is dropped. Stochastic depth draws a coin per image,
+DropBlock works on a block's sum: see there.
 
 Shapes: B batch, C channels, H and W height and width, N images; images are (B, 3, H, W), uint8 until augmented.
 
@@ -82,17 +85,17 @@ class Config:
     # data
     data: str = "shapes"  # shapes (drawn by this script), cifar10, or a folder that holds cifar-10-batches-bin/
     data_dir: str = "data"  # where downloads land
-    labels: float = 1.0  # fraction of the training images that is used, of each class alike
+    labels: float = 1.0  # fraction of each class's training images to use; the rest are ignored
     full_train: bool = False  # train on the validation images too: for a last run, when all choices are made
     flip: str = "random"  # none, random, or alternate: each image in every second epoch, half of them in each [10]
-    crop: int = 4  # pixels by which an image is shifted at most, its border reflected ([1] §4.2 pads with zeros)
+    crop: int = 4  # pixels by which an image is shifted at most, its border reflected ([1] §4.2: padded)
     image_size: int = 0  # pixels to which images are resized on the device; 0: as they are
     # model
     arch: str = "resnet20"  # [1] §4.2: resnet20, 32, 44, 56, 110; ImageNet's: resnet18, 34, 50, 101, 152; see ARCHS
     init: str | None = None  # start from resnet50 or another of torchvision's, its .pth file, or this script's .pt
     plain: bool = False  # leave the shortcuts out
-    norm: str = "batch"  # batch, layer (over channels and positions of an image) or none
-    weight_init: str = "kaiming"  # kaiming [2], or xavier, which halves the variance at each ReLU
+    norm: str = "batch"  # batch, layer (over channels and positions of an image) or none (then no biases either)
+    weight_init: str = "kaiming"  # kaiming [2], or xavier, with which each ReLU halves the variance
     drop_path: float = 0.0  # probability that the last block's branch is left out, to which it rises with depth [6]
     drop_block: float = 0.0  # fraction dropped, in squares, from each block's output in the last two stages [7]
     freeze: bool = False  # train the last layer alone
@@ -100,10 +103,10 @@ class Config:
     optimizer: str = "sgd"  # sgd (Nesterov), or muon: orthogonal updates of normalised filters, for --arch fast
     lr: float | None = None  # peak learning rate; None: 0.1 with sgd ([1] §4.2), 0.24 with muon (filters alone) [11]
     backbone_lr: float = 1.0  # rate of all but the last layer, as a fraction of lr; try 0.1 with --init
-    schedule: str = "cosine"  # or linear
+    schedule: str = "cosine"  # cosine after a warm-up, or linear, to 0 from the first step on
     warmup: int = 20  # steps of linear warm-up (cosine alone)
     weight_decay: float = 1e-4  # as in [1] §4.2, but on weights alone, not on biases and norms; muon has its own
-    label_smoothing: float = 0.0  # probability that the targets spread over all classes
+    label_smoothing: float = 0.0  # share of each target that is spread evenly over all classes
     ema: float = 0.0  # decay of an average of weights and batch-norm buffers that is evaluated instead; 0: none
     batch_size: int = 64  # images per micro-batch; [1] has 128
     grad_accum: int = 1  # micro-batches per step and process
@@ -120,7 +123,7 @@ class Config:
     dtype: str = "auto"  # float32 or bfloat16; auto: bfloat16 where the hardware multiplies matrices in it
     compile: bool = False  # torch.compile: a wait at first (it needs a C++ compiler on a CPU), then faster steps
     # other things to do
-    save_logits: str | None = None  # .npy file for logits (N, 2, classes) of training images and mirrors, a --teacher
+    save_logits: str | None = None  # .npy for the logits (N, 2, classes) of training images and mirrors: a --teacher
     figure6: bool = False  # train plain and residual networks of 20 and 56 layers and draw their errors
     landscape: str | None = None  # checkpoints, comma-separated: draw the loss around each, side by side
     grid: int = 17  # points along each axis of the landscape
@@ -179,7 +182,7 @@ def conv(C_in, C_out, size, stride=1, groups=1):
 class DropPath(nn.Module):
     """Stochastic depth: leave out the branch x (B, ...) of some images, scale the others' up to make up for it.
 
-    Differs from arXiv 1603.09382v3: a coin per image, not per mini-batch; its eq. 5 scales by 1 - p in tests instead.
+    Differs from arXiv 1603.09382v3: a coin per image, not per mini-batch; its eq. 5 scales by 1 - p instead, in tests.
     """
 
     def __init__(self, p):
@@ -214,7 +217,7 @@ class DropBlock(nn.Module):
 
 
 class PadShortcut(nn.Module):
-    """Option A of [1] §4.2: every stride-th pixel, new channels zero. It has no parameters."""
+    """Option A of [1] §3.3: every stride-th pixel, new channels zero. It has no parameters."""
 
     def __init__(self, C_in, C, stride):
         super().__init__()
@@ -225,10 +228,10 @@ class PadShortcut(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """y = relu(F(x) + x), where F is the subclass's branch.
+    """y = relu(F(x) + x), where F is the subclass's branch; PreActBlock and FastBlock have a forward of their own.
 
-    downsample is what the shortcut does to x: nothing (nn.Identity) where shapes agree; None: no shortcut, relu(F(x)).
-    Subclasses pass their last three arguments on, as *addition.
+    downsample is the shortcut: nn.Identity() where shapes agree; None for a plain network, relu(F(x)). Subclasses pass
+    their last three arguments on, as *addition.
     """
 
     def __init__(self, downsample, drop_path, drop_block):
@@ -280,8 +283,8 @@ class Bottleneck(ResidualBlock):
 
 
 class PreActBlock(ResidualBlock):
-    """Norm and ReLU before each convolution, nothing after the sum: where shapes agree the shortcut is x (Wide ResNet
-    [3])."""
+    """Norm and ReLU before each convolution, nothing after the sum, so that x itself passes on wherever shapes agree
+    (He et al. 2016, arXiv 1603.05027); Wide ResNet [3] widens it."""
 
     def __init__(self, C_in, C, stride, norm, *addition):
         super().__init__(*addition)
@@ -295,7 +298,8 @@ class PreActBlock(ResidualBlock):
 
 
 class FastBlock(ResidualBlock):
-    """A convolution that halves height and width by max-pooling, then a residual pair: airbench96's group [10]."""
+    """A convolution, max-pooling that halves height and width, then a residual pair: the group of airbench96.py since
+    June 2024, in [11]'s repository ([10] has the last GELU before the sum)."""
 
     def __init__(self, C_in, C, stride, norm, *addition):
         super().__init__(*addition)
@@ -314,8 +318,9 @@ class FastBlock(ResidualBlock):
 def make_norm(kind, C, momentum=0.1):
     """Batch norm standardises each channel over batch and positions, in evaluation by running statistics.
 
-    Its trap: in training a batch is divided by the root of its biased variance, Σ(x - μ)² / n, while running_var
-    averages the unbiased one, Σ(x - μ)² / (n - 1). At n = B H W = 2 they differ by a factor of two.
+    Its trap: the statistics of a small batch are noisy, and not those of evaluation (BenchResNet.norms). Besides, a
+    batch is divided by the root of its biased variance, Σ(x - μ)² / n, while running_var averages the unbiased one,
+    Σ(x - μ)² / (n - 1), n = B H W.
     Layer norm, over an image's channels and positions, is the same in training and evaluation, whatever the batch.
     """
     if kind == "batch":
@@ -357,7 +362,7 @@ class ResNet(nn.Module):
                     norm_or_not = normed(width) if shortcut == "B" else nn.Identity()
                     downsample = nn.Sequential(conv(C, width, 1, s), norm_or_not)
                 path = DropPath(drop_path * done / total)  # [6] eq. 4: the l-th of L blocks with probability p l / L
-                # differs from [7] §4.1: on each block's sum alone, p the same all the time
+                # differs from [7] §4.1: on blocks' sums alone, p from the first step on, in both stages the same
                 squares = DropBlock(drop_block if i > len(stages) - 2 else 0.0, size=7 if large else 3)
                 blocks.append(block(C, width, s, normed, downsample, path, squares))
                 C = width
@@ -407,8 +412,8 @@ class ResNet(nn.Module):
 
     @torch.no_grad()
     def whiten_stem(self, images, eps=5e-4):
-        """Set the 2×2 filters to the eigenvectors of the patches' covariance, scaled to unit variance, and their
-        negatives [10]: from normalised images (B, 3, H, W). They stay as they are."""
+        """Set the 2×2 filters, for good, to the eigenvectors of the covariance of patches of normalised images
+        (B, 3, H, W), scaled to unit variance, and to their negatives [10]."""
         patches = F.unfold(images, 2).transpose(1, 2).reshape(-1, 12).double()  # (B (H - 1) (W - 1), 12)
         values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))  # columns are eigenvectors
         filters = (vectors / (values + eps).sqrt()).T.reshape(12, 3, 2, 2)
@@ -438,7 +443,7 @@ def wrn(depth, width, num_classes=10, **more):
 
 
 def fast(num_classes=10, **more):
-    """A whitening stem and three blocks, 161 million MACs: airbench94's widths, airbench96's blocks [10]."""
+    """A whitening stem and three blocks, 161 million MACs: airbench94's widths [10], airbench96.py's blocks."""
     stages = [(FastBlock, 64, 1, 2), (FastBlock, 256, 1, 2), (FastBlock, 256, 1, 2)]
     return ResNet(stages, num_classes, "whiten", 24, **more)
 
@@ -455,8 +460,8 @@ wide_resnet50_2 = functools.partial(imagenet_resnet, functools.partial(Bottlenec
 
 
 def regnet_x_400mf(num_classes=1000, stem="regnet", **more):
-    """RegNetX at 400 million MACs [5]: block j's width is 24 + 24.48 j, rounded to four values, one a stage (the last
-    is 400 as in torchvision; others have 384)."""
+    """RegNetX at 400 million MACs: block j's width is 24 + 24.48 j ([5] eq. 2), rounded to one value per stage, 32, 64,
+    160 and 384; torchvision, and so this too, has 400 for the last."""
     block = functools.partial(Bottleneck, ratio=1, group_width=16)
     return imagenet_resnet(block, (32, 64, 160, 400), (1, 2, 7, 12), num_classes, stem, 32, first=2, **more)
 
@@ -536,8 +541,9 @@ def newton_schulz(g, steps=5):
 
 
 class FilterMuon(torch.optim.Optimizer):
-    """Muon [9] for convolutions in front of a norm [11]: a filter's length has no effect there but on how far a step
-    turns it, so that it is set to 1 (on average over filters) before each step, which decay would do slowly."""
+    """Muon [9] for convolutions in front of a norm [11]. There a filter's length changes no output, only how far a step
+    turns the filter. So before each step a tensor is scaled until its filters' lengths have a root mean square of 1;
+    weight decay would get there slowly."""
 
     def __init__(self, params, lr=0.24, momentum=0.6):
         super().__init__(params, dict(lr=lr, momentum=momentum))
@@ -552,6 +558,7 @@ class FilterMuon(torch.optim.Optimizer):
                 m.mul_(group["momentum"]).add_(p.grad)  # m ← μ m + g
                 ahead = p.grad.add(m, alpha=group["momentum"])  # Nesterov: g + μ m
                 p.mul_(len(p) ** 0.5 / p.norm())
+                # three steps: singular values above .018 of the norm end in .68 to 1.21
                 p.sub_(newton_schulz(ahead.flatten(1), steps=3).view(p.shape), alpha=group["lr"])
 
 
@@ -858,7 +865,7 @@ def predict(model, images, c, autocast, views=1):
     up-left, and down-right, with reflected borders ([10] §3.5)."""
     model.eval()
     parts = []
-    for x in images.split(500):
+    for x in images.split(500 if c.image_size <= 64 else c.batch_size):
         x = normalise(x, model.stats, c.image_size)
         moved, (H, W) = [x], x.shape[2:]
         if views > 2:
@@ -1130,10 +1137,11 @@ def peak_mb(device):
     return math.nan
 
 
-# ---- why the shortcut works: Figure 6 and the loss landscape -------------------------------------------------------
+# ---- what the shortcut does: Figure 6 and the loss landscape -------------------------------------------------------
 
 def figure6(c, interrupts):
-    """Train plain and residual networks of 20 and 56 layers, each in a folder of its own, and draw their errors.
+    """Train plain and residual networks of 20 and 56 layers, each in a folder of its own, and draw their errors:
+    on augmented batches while they train, and on validation images ([1]: test).
 
     The same command again goes on where it was interrupted.
     """
@@ -1163,8 +1171,9 @@ def figure6(c, interrupts):
 def loss_surface(model, images, labels, n, seed, c, autocast):
     """Losses (n, n) at θ + a δ + b η, a and b from -1 to 1, for two random directions δ, η ([8] eq. 1).
 
-    Filter-normalised ([8] §4): each filter of a direction is as long as the model's, since scaling a filter in front of
-    a norm changes nothing, and so distances mean nothing unless measured in filters' lengths. Biases and norms stay.
+    Filter-normalised ([8] §4): each filter of a direction is as long as the model's, so that networks with long and
+    short filters can be compared. Biases and norms stay, batch norm's running statistics too, as in [8]'s code: far
+    out, filters have grown by √(1 + a² + b²), and in a plain network that multiplies layer upon layer.
     """
     generator = torch.Generator().manual_seed(seed)
 

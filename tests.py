@@ -384,6 +384,14 @@ class TestHouse(Case):
         for line in BenchIJEPA().table():
             self.assertIn(line, readme)
 
+    def test_readme_tables(self):
+        """The tables about CIFAR-10 are what the logs say."""
+        readme = (HERE / "README.md").read_text()
+        if not (HERE / "assets" / "logs" / "mae" / "hour.jsonl").exists():
+            self.skipTest("not measured yet")
+        for line in BenchSimCLR().table() + BenchMAE().table():
+            self.assertIn(line, readme)
+
     def test_readme_optimizers(self):
         """The table of optimisers is what the logs of three seeds say."""
         for name, lr in ("muon", 0.03), ("adamw", 0.008), ("lion", 0.001), ("sophia", 0.001), ("adam", 0.016):
@@ -9569,6 +9577,33 @@ class Bench:
             sys.exit(f"{name} failed")
         return self.keep(f"out/bench/{name}", name)
 
+    def log(self, name):
+        """The config and the rows of a committed log."""
+        text = (HERE / "assets" / "logs" / self.script / f"{name}.jsonl").read_text()
+        first, *rows = map(json.loads, text.splitlines())
+        return first["config"], rows
+
+    def probed(self, names):
+        """The README's lines about runs {name: label} that read the test images, and the yardsticks of the first."""
+        lines = ["| | lr | steps | minutes | kNN | linear | 10% of labels | 1% | RankMe |", "|---|" + 8 * "---|"]
+        for name, label in (*names.items(), ("_random_init", "random init"), ("_pixels", "pixels")):
+            (c, (*_, row)), suffix = self.log(name if name in names else [*names][0]), "" if name in names else name
+            run = ["", "", ""] if suffix else [f"{c['lr']:g}", f"{row['step']:,}", f"{row['seconds'] / 60:.0f}"]
+            keys = ("knn", "linear", "linear_10%", "linear_1%")
+            scores = (f"{row[f'test_{key}{suffix}'] + 1e-9:.1%}" for key in keys)
+            lines.append(f"| {' | '.join([label, *run, *scores, format(row[f'test_rankme{suffix}'], '.0f')])} |")
+        return lines
+
+    def validated(self, names, best):
+        """The README's lines about runs {name: label} that have evaluations alone: the one that is best by a score."""
+        lines = ["| | steps | seconds | kNN | linear |", "|---|" + 4 * "---|"]
+        for name, label in names.items():
+            rows = [row for row in self.log(name)[1] if best in row]
+            row = max(rows, key=lambda row: row[best])
+            lines.append(f"| {label} | {rows[-1]['step']:,} | {rows[-1]['seconds']:.0f} | {row['knn'] + 1e-9:.1%} | "
+                         f"{row['linear'] + 1e-9:.1%} |")
+        return lines
+
 
 class BenchResNet(Bench):
     """python tests.py BenchResNet.NAME, where NAME is one of the methods; nothing else should run meanwhile."""
@@ -9616,9 +9651,9 @@ class BenchResNet(Bench):
 
     def norms(self, steps_256=60, images_2=15360):
         """Validation accuracy of ResNet-20 on shapes with each norm at batch 256 and at batch 2, about as many
-        images, at several learning rates (n = 1)."""
+        images, at several learning rates, and at batch 2 one (n = 1)."""
         for batch, steps, rates in ((256, int(steps_256), (0.2, 0.05, 0.0125)),
-                                    (2, int(images_2) // 2, (0.02, 0.005))):
+                                    (2, int(images_2) // 2, (0.005,))):
             for norm in ("batch", "layer", "none"):
                 for lr in rates:
                     name = f"norm_{norm}_batch{batch}_lr{lr:g}"
@@ -9865,7 +9900,7 @@ class BenchMAE(Bench):
         self.timed("hour", seconds, "--lr", rate, *flags, test=True)
         self.finetune(*flags)
 
-    def finetune(self, *flags, steps=1000):
+    def finetune(self, *flags, steps=400):
         """On all labels and on a tenth; each at that rate of three which a fifth of the steps chose by accuracy on
         validation images. The network is vit.py's without a stem; from scratch its positions stay fixed."""
         vit = Bench()
@@ -9885,6 +9920,18 @@ class BenchMAE(Bench):
             rate = max((5e-4, 1e-3, 2e-3), key=lambda lr: run(f"mae_{name}_lr{lr}", start, steps // 5, "--lr", lr))
             for labels in (1.0, 0.1):
                 run(f"mae_{name}_labels{labels}", start, steps, "--lr", rate, "--labels", labels)
+
+    def table(self):
+        """The README's lines about the hour, the fine-tuning after it, and ten minutes of other sizes."""
+        vit, lines = Bench(), ["| | lr | all labels | 10% of labels |", "|---|---|---|---|"]
+        vit.script = "vit"
+        for name, label in dict(finetuned="from MAE's encoder", scratch="from scratch").items():
+            runs = [vit.log(f"mae_{name}_labels{labels}") for labels in (1.0, 0.1)]
+            scores = (f"{rows[-1]['test_accuracy'] + 1e-9:.1%}" for _, rows in runs)
+            lines.append(f"| {' | '.join([label, format(runs[0][0]['lr'], 'g'), *scores])} |")
+        return self.probed(dict(hour="MAE")) + lines + self.validated({
+            "ratio_0.5": "half of the patches hidden", "ratio_0.75": "three quarters", "ratio_0.9": "nine tenths",
+            "decoder_1": "three quarters, a decoder of 1 block", "decoder_4": "of 4 blocks"}, "linear")
 
     def ablation(self, *flags, seconds=600):
         """Mask ratios and depths of the decoder, ten minutes each, so that the more is hidden the more steps there
@@ -10032,6 +10079,12 @@ class BenchSimCLR(Bench):
         for loss in ("simclr", "moco", "vicreg"):
             self.objective(loss, *flags)
         self.curves()
+
+    def table(self):
+        """The README's lines about half an hour of each objective, and about ten minutes of SimCLR."""
+        return self.probed(dict(simclr="SimCLR", moco="MoCo", vicreg="VICReg")) + self.validated({
+            f"{kind}_{value}": f"{kind} {value:,}" for kind, values in dict(
+                temperature=(0.1, 0.5, 1), batch=(64, 256, 1024)).items() for value in values}, "knn")
 
     def curves(self):
         """A chart of kNN on validation images against seconds of training, from the three objectives' logs."""

@@ -4,14 +4,16 @@
 # ///
 """ViT: an image is worth 16×16 words. Cut it into patches, make each a vector, and let a transformer read them.
 
-No convolution says that neighbours belong together: the network has to learn it, from positions that it is told [1].
-On large data that is an advantage; on small data it needs help: strong augmentation, mixed images, a small stem of
-convolutions, another network's pre-training (--init) or another network's answers (--teacher).
+Each patch's vector gets its position's added, blocks of attention and MLP mix them, and a linear layer reads the class
+from their mean, or from one more vector, the class token [1]. No convolution says that neighbours belong together: the
+network has to learn it. On large data that is an advantage; on small data it needs help, or time: a small stem of
+convolutions, augmentation and mixed images, another network's pre-training (--init) or its answers (--teacher).
 
     python vit.py                                       # offline, ten kinds of shapes that the script draws
-    python vit.py --data cifar10 --arch small6 --patch_size 4 --trivial --cutmix 1 --epochs 100     # downloads 170 MB
-    python vit.py --data cifar10 --init deit_tiny_patch16_224 --image_size 224 --lr 5e-4 --layer_decay 0.75 --epochs 3
-    python vit.py --data cifar10 --init out/mae/ckpt.pt --lr 1e-3 --layer_decay 0.75       # or ijepa's, simclr's
+    python vit.py --data cifar10 --arch cifar --patch_size 4 --batch_size 128 --lr 1e-3 --steps 3548    # fetches 170 MB
+    python vit.py --data cifar10 --arch small6 --patch_size 4 --trivial --cutmix 1 --epochs 100
+    python vit.py --data cifar10 --init deit_tiny_patch16_224 --lr 5e-4 --layer_decay 0.75 --epochs 3
+    python vit.py --data cifar10 --init out/mae/ckpt.pt --lr 1e-3 --layer_decay 0.75       # or ijepa's, simclr's ViT
     python vit.py --data cifar10 --patch_size 4 --teacher logits.npy   # what resnet.py --save_logits wrote
     python vit.py --show_augment --trivial --cutmix 1   # augment.png: what the network gets to see
     torchrun --nproc_per_node=8 vit.py --data cifar10 --arch small6 --patch_size 4 --epochs 300 --compile
@@ -21,14 +23,15 @@ and in Python: model = ViT.from_pretrained("vit_b_16").eval(); logits = model(no
 What to expect (torch 2.13.0, two cores of an AMD EPYC, seed 0, n = 1; logs in assets/logs/vit/):
 - python vit.py: test accuracy 71.9% on shapes (a linear probe of pixels: 17%), 94 s of training in bfloat16 on one
   core
-- A training step of 192 × 6, patch 4, batch 256, in bfloat16 by AVX-512: 2.15 times as fast as the same model in plain
-  fp32 eager, 1.41 times as under autocast with torch's attention; all augmentation is 1.6% of it: BenchViT.speed
-- CIFAR-10, JPEG copy, 192 × 6, patch 4, crop and flip: test accuracy 71.27% for 0.5 PFLOP (6 × MACs × images), 58
-  minutes on one core: BenchViT.recipe; [1]'s network with plain targets 62.97%: BenchViT.plain. For a quarter of that
-  compute, 2.5 epochs, 59.52%; with TrivialAugment 57.56%, cutmix 48.51%, without the conv stem 56.04%, with a class
-  token 60.17%; [1]'s network with plain targets 51.30%: BenchViT.ablation
-- ResNet-56 beside a ViT of as many parameters, conv stem, patch 4, .125 PFLOP each, the best of four rates: on a tenth
-  of the images 64.28% and 60.78%, on all 68.95% and 70.36%: BenchViT.cnn
+- A training step of 192 × 6, patch 4, no conv stem, batch 256, in bfloat16 by AVX-512: 2.15 times as fast as the same
+  model in plain fp32 eager, 1.41 times as under autocast with torch's attention; trivial, cutmix and erase are 1.6% of
+  it: BenchViT.speed
+- CIFAR-10, JPEG copy, the second command: test accuracy 71.27% for 0.5 PFLOP (6 × multiply-adds × images), 58 minutes
+  on one core: BenchViT.recipe; [1]'s network, labels not smoothed, 62.97%: BenchViT.plain. For a quarter of that
+  compute, 2.5 epochs, 59.52%; in so short a run augmentation costs: with TrivialAugment 57.56%, cutmix 48.51%; without
+  the conv stem 56.04%, with a class token 60.17%; [1]'s network, labels not smoothed, 51.30%: BenchViT.ablation
+- ResNet-56 and a ViT of its size, conv stem, patch 4, .125 PFLOP each, labels not smoothed, the best of four rates on
+  validation images: ResNet 64.28%, ViT 60.78% on a tenth of the images; 68.95% and 70.36% on all: BenchViT.cnn
 - On a GPU: not yet measured
 
 Differs from [1]: by default a stem of convolutions, fixed 2-D positions and the mean of the patches (--no-conv_stem
@@ -70,7 +73,7 @@ class UserError(ValueError):
 
 # ---- config --------------------------------------------------------------------------------------------------------
 
-FRESH = dict(patch_size=8, pool="mean", pos="sincos", conv_stem=True)  # what a new network has, unless flags say else
+FRESH = dict(patch_size=8, pool="mean", pos="sincos", conv_stem=True)  # of a new network, unless flags say otherwise
 # names of --arch: width, depth, heads
 SIZES = dict(mini=(128, 4, 4), cifar=(192, 6, 3), cifar9=(192, 9, 3), small6=(256, 6, 4), tiny=(192, 12, 3),
              small=(384, 12, 6), base=(768, 12, 12), large=(1024, 24, 16))
@@ -88,7 +91,7 @@ class Config:
     # data
     data: str = "shapes"  # shapes (drawn by this script), cifar10, or a folder that holds cifar-10-batches-bin/
     data_dir: str = "data"  # where downloads land
-    labels: float = 1.0  # fraction of the training images that is used, of each class alike
+    labels: float = 1.0  # fraction of each class's training images to use; the rest are ignored
     full_train: bool = False  # train on the validation images too: for a last run, when all choices are made
     image_size: int = 0  # images are resized to this many pixels a side; 0: as they are, or as --init was trained
     # augmentation: each image draws its own
@@ -96,16 +99,16 @@ class Config:
     flip: bool = True  # mirror half of the images
     trivial: bool = False  # one of 14 distortions, of random strength [3]
     erase: float = 0.0  # probability that a rectangle is replaced by noise [6]; [2] has 0.25
-    mixup: float = 0.0  # α of the Beta distribution of shares [4]; [2] has 0.8
-    cutmix: float = 0.0  # α of the Beta distribution of areas [5]; [2] has 1. With both, a coin per batch decides
+    mixup: float = 0.0  # α of the Beta distribution of shares [4]; [2]'s code has 0.8
+    cutmix: float = 0.0  # α of the Beta distribution of areas [5]; [2]'s code: 1. With both, a coin per batch
     show_augment: bool = False  # write augment.png, a sheet of augmented images, and train nothing
     # model
     arch: str = "mini"  # mini, cifar, cifar9, small6 (for small images), tiny, small, base or large: see SIZES
     patch_size: int | None = None  # side of a patch in pixels; None: 8 (photos of 32 pixels want 4), or --init's
     pool: str | None = None  # what the head reads: cls, a token [1], or mean, of all patches; None: mean, or --init's
-    pos: str | None = None  # position embedding: learned [1], or sincos, 2-D and fixed; None: sincos, or --init's
+    pos: str | None = None  # positions: learned [1], or sincos, fixed and 2-D; None: sincos, or with --init learned
     conv_stem: bool | None = None  # 3×3 convolutions in place of the patch projection [7]; None: true, or --init's
-    drop_path: float = 0.0  # probability that the last block's branches are left out, rising linearly with depth
+    drop_path: float = 0.0  # probability that an image skips a branch of the last block; 0 in the first, linear between
     init: str | None = None  # start from deit_tiny_patch16_224 or another official name, a .pth, or a script's .pt
     freeze: bool = False  # train the last layer alone: a linear probe
     # objective
@@ -210,7 +213,7 @@ class Attention(nn.Module):
         B, N, C = x.shape
         q, k, v = self.qkv(x).view(B, N, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # (B, H, N, D) each
         mask = None if key_mask is None else key_mask[:, None, None, :]  # (B, 1, 1, N)
-        if x.device.type == "cpu":  # on short sequences faster than torch's kernel in bfloat16: BenchViT.speed
+        if x.device.type == "cpu" and N <= 256:  # then faster than torch's kernel in bfloat16: BenchViT.speed
             scores = q @ k.mT / q.size(-1) ** 0.5  # (B, H, N, N)
             scores = scores if mask is None else scores.masked_fill(~mask, -math.inf)
             y = scores.softmax(dim=-1) @ v  # (B, H, N, D)
@@ -233,7 +236,7 @@ class FeedForward(nn.Module):
 class DropPath(nn.Module):
     """Stochastic depth: leave out the branch x (B, ...) of some images, scale the others' up to make up for it.
 
-    Differs from arXiv 1603.09382v3: a coin per image, not per mini-batch; its eq. 5 scales by 1 - p in tests instead.
+    Differs from arXiv 1603.09382v3: a coin per image, not per mini-batch; its eq. 5 scales by 1 - p instead, in tests.
     """
 
     def __init__(self, p):
@@ -254,7 +257,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, heads)
         self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), FeedForward(dim, round(dim * mlp_ratio))
-        self.drop_path = drop_path or nn.Identity()  # vit.py has DropPath here
+        self.drop_path = drop_path or nn.Identity()  # DropPath in vit.py
 
     def forward(self, x, key_mask=None):
         x = x + self.drop_path(self.attn(self.norm1(x), key_mask))  # (B, N, C)
@@ -299,7 +302,8 @@ class ViT(nn.Module):
     """images (B, 3, image_size, image_size), normalised -> logits (B, num_classes).
 
     pool: cls, a learned token that is put before the patches, or mean, the mean of the patches after the last norm.
-    stats: whose mean and deviation images are normalised by, cifar10 or imagenet; None: ImageNet's above 64 pixels.
+    stats: whose mean and deviation images are normalised by, cifar10 or imagenet; None: imagenet above 64 pixels,
+    whatever the data.
     """
 
     def __init__(self, image_size, patch_size, dim, depth, heads, num_classes, mlp_ratio=4.0, pool="cls",
@@ -357,15 +361,16 @@ class ViT(nn.Module):
         name_or_path: one of OFFICIAL (downloaded, 23 MB to 1.2 GB), a .pth file with timm's or torchvision's names,
         trained on images normalised with ImageNet's mean and deviation, or a .pt. heads: dim // 64 unless the name or
         the checkpoint says otherwise. changes are arguments of ViT: another image_size resizes the positions; another
-        num_classes, or none in the file, gives a fresh head; pool="mean" drops the class token. Raises ValueError if
-        the file can't be read or doesn't fit.
+        num_classes, or none in the file, gives a fresh head; pool="mean" drops the class token; mae.py's, ijepa.py's
+        and simclr.py's fixed positions are learned from here on. Raises ValueError if the file can't be read or doesn't
+        fit.
         """
         path, made_with = Path(name_or_path), {}
         if name_or_path in OFFICIAL:
             address, heads_of_name = OFFICIAL[name_or_path]
             path, heads = Path(data_dir) / address.split("/")[-1], heads or heads_of_name
             download(address, path, f"sha256:{path.stem.rsplit('-', 1)[1]}")
-        with one_line(f"{path} holds no ViT that this script knows"):
+        with one_line(f"no ViT that this script knows can be made of {path}"):
             if path.suffix == ".pt":
                 saved = load_checkpoint(path)
                 made_with, w = saved.get("encoder_config", saved["model_config"]), saved.get("ema") or saved["model"]
@@ -454,7 +459,7 @@ AFFINE = (0.3, 0.3, 0.6, 0.6, 0.5)  # shear x, shear y, move x, move y (1 is hal
 
 
 def affine(x, kind, strength):
-    """Images x (n, 3, H, W) sheared, moved or turned: kind (n,) counts in AFFINE, strength (n,) is from -1 to 1."""
+    """Images x (n, 3, H, W) sheared, moved or turned: kind (n,) is an index of AFFINE, strength (n,) -1 to 1."""
     shear_x, shear_y, move_x, move_y, turn = (strength * most * (kind == k) for k, most in enumerate(AFFINE))
     matrix = torch.stack((turn.cos(), shear_x - turn.sin(), move_x, turn.sin() + shear_y, turn.cos(), move_y), dim=1)
     grid = F.affine_grid(matrix.view(-1, 2, 3), x.shape, align_corners=False)  # (n, H, W, 2): where a pixel comes from
@@ -507,13 +512,13 @@ COLOUR = (  # functions of x (n, 3, H, W), 0 to 255, and strength s (n, 1, 1, 1)
 def trivial_augment(x, kind, strength):
     """TrivialAugment [3]: one distortion per image, of random strength, and nothing to tune.
 
-    x (B, 3, H, W), 0 to 255; kind (B,) counts the five of AFFINE, then COLOUR's; strength (B,) from -1 to 1; both
+    x (B, 3, H, W), 0 to 255; kind (B,): 0 to 4 are AFFINE's, from 5 on COLOUR's; strength (B,) from -1 to 1; both
     NumPy arrays. Differs from [3]: the strength is continuous, also for autocontrast and equalize, which fade in;
-    ranges are about its RA ones, borders reflected.
+    ranges are about those of its RA space, borders reflected.
     """
     x, strength = x.float(), strength.astype(np.float32)
 
-    def change(rows, function):  # rows: NumPy knows them without waiting for the device
+    def change(rows, function):  # rows from NumPy: to find them on the device would stall it
         if len(rows):
             i, k, s = (torch.from_numpy(a).to(x.device) for a in (rows, kind[rows], strength[rows]))
             x[i] = function(x[i], k, s).clamp(0, 255)
@@ -542,7 +547,7 @@ def mix(x, share, box=None):
     if box is None:
         w = share[:, None, None, None]
         return w * x + (1 - w) * x.flip(0), share
-    return torch.where(box[:, None], x.flip(0), x), 1 - box.float().mean(dim=(1, 2))  # the share that it is, cut off
+    return torch.where(box[:, None], x.flip(0), x), 1 - box.float().mean(dim=(1, 2))  # left of x: a box may be cut off
 
 
 def batch_index(n, batch_size, seed, step, slot, slots):
@@ -571,7 +576,7 @@ def augmented_batch(c, images, labels, teacher, classes, stats, step, slot, slot
                                            for a in (index, dy, dx, mirror, draws, share))
     x = augment(images, index, dy, dx, mirror)  # (B, 3, H, W)
     x = normalise(trivial_augment(x, kind, strength) if c.trivial else x, stats, c.image_size)
-    if c.erase:  # [6] Alg. 1, but as in [2]'s code at most a third of the image, not 40%, and normal noise
+    if c.erase:  # [6] Alg. 1, but as in [2]'s code: up to a third, not 40%; aspect's logarithm uniform; normal noise
         whether, size, aspect, *centre = draws[:5]
         box = boxes(x.size(2), 0.02 + 0.31 * size, 0.3 * 11 ** aspect, torch.stack(centre))
         noise = torch.from_numpy(rng.standard_normal(x.shape, np.float32)).to(x.device)
@@ -607,8 +612,9 @@ def objective(logits, targets, hints, c):
 
 
 def adamw(model, c):
-    """AdamW for what is to be trained: [patches and positions, block 0, ..., last block, norm and head], each layer's
-    peak rate layer_decay times that of the one above, as [10] fine-tunes; decay on matrices alone."""
+    """AdamW. Layers, from 0: patches and positions; each block; norm and head. A layer's peak rate is layer_decay times
+    that of the one above, as [10] fine-tunes. Weights decay; biases, norms, positions and tokens don't. With --freeze
+    all but the head stops to require gradients."""
     groups, top = {}, len(model.blocks) + 1
     for name, p in model.named_parameters():
         p.requires_grad_(p.requires_grad and (name.startswith("head.") or not c.freeze))
@@ -649,8 +655,8 @@ def vit_step(model, raw, ema, optimizer, autocast, train, teacher, c, step, step
     """One update of the parameters and their average; returns the batch's loss and accuracy (2,), on the device. With
     mixed images, accuracy is of the larger share's label.
 
-    model is what is called, raw the ViT inside of it; train is images and labels. N ranks (world) do what one does with
-    N times the accumulation, but for the conv stem's batch statistics and DropPath's coins.
+    model is raw, the ViT, or that compiled or in DistributedDataParallel; train is images and labels. N ranks (world)
+    do what one does with N times the accumulation, but for the conv stem's batch statistics and DropPath's coins.
     """
     torch.manual_seed(int(np.random.SeedSequence((c.seed, step, rank)).generate_state(1)[0]))  # DropPath
     model.train(not c.freeze)
@@ -1167,7 +1173,8 @@ def finish_run(run, model, test, classes, c, autocast, device):
             test_loss=scores["val_loss"], final=True, peak_mb=memory)
     first_of_each = [(test[1] == k).nonzero()[0].item() for k in range(len(classes)) if (test[1] == k).any()]
     draw_attention(model, test[0][first_of_each], run.out / "attention.png")
-    draw_positions(model, run.out / "positions.png")
+    if model.settings["pos"] == "learned":  # fixed ones are the same in every run
+        draw_positions(model, run.out / "positions.png")
 
 
 def draw_augmentations(c):

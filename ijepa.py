@@ -154,7 +154,7 @@ class Config:
                 self.dim % 4 or self.dim % self.heads,
             f"--predictor_dim {self.predictor_dim} is no multiple of 4 and of --predictor_heads "
             f"{self.predictor_heads}": self.predictor_dim % 4 or self.predictor_dim % self.predictor_heads}
-        for path in (self.compare or "").split(",") if self.compare is not None else ():
+        for path in self.compare.split(",") if self.compare else ():
             clashes[f"--compare {path}: no such file, nor one of {', '.join(OFFICIAL)}"] = (
                 path not in OFFICIAL and not Path(path).is_file())
         grid = 32 // self.patch_size

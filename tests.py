@@ -5643,6 +5643,8 @@ class TestMAE(Case):
                 self.assertEqual([order[i] for i in restore[n]], list(range(N)))
             self.assertGreater(len({tuple(row) for row in mask.tolist()}), 1)  # each image has its own
             self.same(model(x, ratio, noise)[2], mask)
+        with self.assertRaisesRegex(ValueError, "class token"):
+            model.features(x, "cls")
 
     def test_equations(self):
         """Loss, predictions, mask and all gradients against a loop over images and patches in fp64."""
@@ -8590,6 +8592,9 @@ class TestIJEPA(Case):
         big = self.ijepa.IJEPA(64, 8, 32, 1, 2, 16, 1, 2)
         path = checkpoint("big.pt", saved | dict(model=big.state_dict(), model_config=big.settings))
         self.bad(*self.tiny, "--init", path, says=("big.pt", "64"))
+        coarse = self.ijepa.IJEPA(32, 8, 96, 4, 3, 48, 1, 3)  # of 3 × 3 context patches a target may take all
+        path = checkpoint("coarse.pt", saved | dict(model=coarse.state_dict(), model_config=coarse.settings))
+        self.bad("--init", path, "--context_min", 0.5, "--target_max", 0.4, "--steps", 1, says="--target_max")
         self.assertFalse((self.dir / "marker").exists())
         self.bad("--resume", "--out", a.out, "--dim", 64, says="ckpt.pt")
         (a.out / "ckpt.pt").write_bytes((a.out / "ckpt.pt").read_bytes()[:-999])
@@ -9895,7 +9900,7 @@ class BenchMAE(Bench):
         self.timed("hour", seconds, "--lr", rate, *flags, test=True)
         self.finetune(*flags)
 
-    def finetune(self, *flags, steps=400):
+    def finetune(self, *flags, steps=320):
         """On all labels and on a tenth; each at that rate of three which a fifth of the steps chose by accuracy on
         validation images. The network is vit.py's without a stem; from scratch its positions stay fixed."""
         vit = Bench()

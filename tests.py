@@ -9900,7 +9900,7 @@ class BenchMAE(Bench):
         self.timed("hour", seconds, "--lr", rate, *flags, test=True)
         self.finetune(*flags)
 
-    def finetune(self, *flags, steps=320):
+    def finetune(self, *flags, steps=250):
         """On all labels and on a tenth; each at that rate of three which a fifth of the steps chose by accuracy on
         validation images. The network is vit.py's without a stem; from scratch its positions stay fixed."""
         vit = Bench()

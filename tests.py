@@ -9931,7 +9931,7 @@ class BenchMAE(Bench):
             lines.append(f"| {' | '.join([label, format(runs[0][0]['lr'], 'g'), *scores])} |")
         return self.probed(dict(hour="MAE")) + lines + self.validated({
             "ratio_0.5": "half of the patches hidden", "ratio_0.75": "three quarters", "ratio_0.9": "nine tenths",
-            "decoder_1": "three quarters, a decoder of 1 block", "decoder_4": "of 4 blocks"}, "linear")
+            "decoder_1": "three quarters, a decoder of 1 block", "decoder_4": "three quarters, of 4 blocks"}, "linear")
 
     def ablation(self, *flags, seconds=600):
         """Mask ratios and depths of the decoder, ten minutes each, so that the more is hidden the more steps there

@@ -416,8 +416,8 @@ class BatchNorm(nn.BatchNorm2d):
     It makes a vector depend on the images that were standardised with it. Where a query shares these with its key, and
     with no key of the queue, it can find its key by that instead of by what they show, and the loss falls while
     features get worse ([2] §3.3). So MoCo's keys are shuffled: query and key are standardised among different images,
-    in parts that stand for [2]'s GPUs. SimCLR's candidates share one set of statistics, or in --chunk's parts, which
-    are drawn from all views, tell nothing by it; VICReg compares no images.
+    in parts that stand for [2]'s GPUs. SimCLR's candidates all share one set of statistics; --chunk's parts have one
+    each, but hold any views, so that a view's partner is in its part no oftener than another. VICReg compares no images.
 
     Running statistics, for evaluation, move only where a gradient will follow: not in --chunk's first pass, nor in
     MoCo's key network, which is never evaluated.

@@ -417,7 +417,7 @@ class BatchNorm(nn.BatchNorm2d):
     with no key of the queue, it can find its key by that instead of by what they show, and the loss falls while
     features get worse ([2] §3.3). So MoCo's keys are shuffled: query and key are standardised among different images,
     in parts that stand for [2]'s GPUs. SimCLR's candidates all share one set of statistics; --chunk's parts have one
-    each, but hold any views, so that a view's partner is in its part no oftener than another. VICReg compares no images.
+    each, but hold any views, so that a view's partner is in its part no oftener than others. VICReg compares no images.
 
     Running statistics, for evaluation, move only where a gradient will follow: not in --chunk's first pass, nor in
     MoCo's key network, which is never evaluated.

@@ -106,7 +106,7 @@ class Config:
     arch: str = "mini"  # mini, cifar, cifar9, small6 (for small images), tiny, small, base or large: see SIZES
     patch_size: int | None = None  # side of a patch in pixels; None: 8 (photos of 32 pixels want 4), or --init's
     pool: str | None = None  # what the head reads: cls, a token [1], or mean, of all patches; None: mean, or --init's
-    pos: str | None = None  # positions: learned [1], or sincos, fixed and 2-D; None: sincos, or with --init learned
+    pos: str | None = None  # positions: learned [1], or sincos, fixed and 2-D; None: sincos, or what --init has
     conv_stem: bool | None = None  # 3×3 convolutions in place of the patch projection [7]; None: true, or --init's
     drop_path: float = 0.0  # probability that an image skips a branch of the last block; 0 in the first, linear between
     init: str | None = None  # start from deit_tiny_patch16_224 or another official name, a .pth, or a script's .pt
@@ -213,7 +213,7 @@ class Attention(nn.Module):
         B, N, C = x.shape
         q, k, v = self.qkv(x).view(B, N, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # (B, H, N, D) each
         mask = None if key_mask is None else key_mask[:, None, None, :]  # (B, 1, 1, N)
-        if x.device.type == "cpu" and N <= 256:  # then faster than torch's kernel in bfloat16: BenchViT.speed
+        if x.device.type == "cpu" and N <= 256:  # at N = 64 faster than torch's in bfloat16: BenchViT.speed
             scores = q @ k.mT / q.size(-1) ** 0.5  # (B, H, N, N)
             scores = scores if mask is None else scores.masked_fill(~mask, -math.inf)
             y = scores.softmax(dim=-1) @ v  # (B, H, N, D)

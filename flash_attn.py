@@ -25,7 +25,7 @@ What to expect (torch 2.13.0, two AMD EPYC cores, fp32 unless said, seed 0, n = 
   with naive attention 153.8 MB, losses and gradients agree. --backend torch, then naive: the same losses to four
   digits in every log line; 42 s and 451 MB at most, naive 137 s and 1,113 MB: BenchFlashAttn.curves
 - T = 4,096, causal, 8 heads, D = 64, against torch's scaled_dot_product_attention: forward 1.18 of its time (138 ms),
-  forward and backward 1.00 (427 ms); naive 9.5 and 5.7: python tests.py BenchFlashAttn.speed
+  forward and backward 1.00 (427 ms); naive 9.5 and 5.7: python .ci/old_tests.py BenchFlashAttn.speed
 - --bench, 4 minutes: over T = 512 to 16,384 forward takes 1.11 to 1.19 of the time of torch's kernel, forward and
   backward .85 to .99; naive attention at T = 8,192 takes 13 and 7.4 times as long as torch's
 - A window of 256 at T = 16,384, forward: 158 ms; torch's kernel, which wants the mask as a matrix, takes 26 times as

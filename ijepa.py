@@ -29,7 +29,7 @@ What to expect (torch 2.13.0, two cores of an AMD EPYC, seed 0, n = 1; logs in a
 - python ijepa.py, test images of shapes, bfloat16, 174 s of training on one core: linear probe .357 (random init .221,
   pixels .173), with a tenth of the labels .288 (.165, .184), with 1% .182 (.115, .136); kNN .214 (.117, .334)
 - Masks on 8 × 8 patches, four targets, which may overlap: of 10,000 images a patch is in the context of 16% (centre)
-  to 74% (corner), and in .13 (corner) to 1.51 (centre) targets of one on average (python tests.py BenchIJEPA.coverage)
+  to 74% (corner), and in .13 (corner) to 1.51 (centre) targets of one on average (python .ci/old_tests.py BenchIJEPA.coverage)
 - A training step of 192 × 6, patch 4, predictor 96 × 4, batch 256, in bfloat16 by AVX-512: 204 images per second, 2.69
   times as fast as [1]'s design with torch's fused attention in fp32 eager, 1.79 times as that under autocast, at the
   same masks, which need no padding; with the script's own, padded contexts 132 images per second: BenchIJEPA.speed

@@ -30,7 +30,7 @@ What to expect (torch 2.13.0, two cores of an AMD EPYC, seed 0, n = 1; logs in a
   probe .624 (.197, .173), with a tenth of the labels .557 (.159, .184), with 1% .429 (.120, .136)
 - A step of ResNet-18, batch 256, augmentation included, in bfloat16 by AVX-512: 50 pairs of images per second, 2.63
   times as many as with per-image PIL transforms in a DataLoader of two workers and fp32 eager; in fp32 1.17 times.
-  Augmentation is 0.4% of a step: python tests.py BenchSimCLR.speed
+  Augmentation is 0.4% of a step: python .ci/old_tests.py BenchSimCLR.speed
 - CIFAR-10 from a JPEG copy (about three points lower), batch 128, half an hour each on one core, the best of three
   rates (.004, .002, .001), kNN and linear on test images: SimCLR .619 and .637, VICReg .592 and .612, MoCo (temperature
   .1) .571 and .571, random init .319 and .332, pixels .451 and .412: BenchSimCLR.hours

@@ -1,0 +1,8673 @@
+"""Tests of the scripts that are not rewritten yet: python .ci/old_tests.py [TestViT ...]"""
+
+import ast
+import collections
+import colorsys
+import contextlib
+import copy
+import dataclasses
+import difflib
+import errno
+import functools
+import hashlib
+import http.server
+import importlib
+import importlib.util
+import inspect
+import io
+import itertools
+import json
+import math
+import os
+import pty
+import re
+import select
+import shlex
+import shutil
+import signal
+import statistics
+import struct
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+import unittest
+import xml.etree.ElementTree
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+HERE = Path(__file__).resolve().parent.parent
+ALL = ("vit", "resnet", "ijepa", "mae", "simclr", "flash_attn", "puzzles")
+SCRIPTS = [name for name in ALL if (HERE / f"{name}.py").exists()]
+SHORT = {"resnet": ["--labels", 0.01, "--batch_size", 16, "--image_size", 16],
+         "vit": ["--labels", 0.01, "--batch_size", 16], "flash_attn": ["--block_size", 64],
+         "mae": ["--labels", 0.02, "--batch_size", 16, "--patch_size", 8, "--dim", 32, "--probe_images", 100],
+         "ijepa": ["--labels", 0.02, "--batch_size", 16, "--patch_size", 8, "--dim", 48, "--probe_images", 100,
+                   "--tsne_images", 100],
+         "simclr": ["--labels", 0.01, "--batch_size", 16, "--width", 8, "--head_dim", 16, "--probe_images", 100,
+                    "--eval_every", 3]}
+sys.path.insert(0, str(HERE))
+
+
+source = functools.cache(inspect.getsource)  # parsers ask for Config's, 80 ms each time, in a hundred runs
+
+
+def run(script, *argv):
+    """(status, stdout, stderr) of a script's main(argv) in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), mock.patch("inspect.getsource", source):
+        status = importlib.import_module(script).main([str(a) for a in argv])
+    return status, out.getvalue(), err.getvalue()
+
+
+def child(*command, timeout=300, **more):
+    """A command's CompletedProcess, with one thread as in this process, so that results agree bit for bit."""
+    env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(HERE), PYTHONDONTWRITEBYTECODE="1")
+    with tempfile.TemporaryDirectory() as env["TMPDIR"]:  # torchrun leaves folders behind
+        return subprocess.run([sys.executable, *map(str, command)], env=env, capture_output=True, text=True,
+                              timeout=timeout, **more)
+
+
+@contextlib.contextmanager
+def folder(path):
+    """Work in a folder; contextlib.chdir is younger than Python 3.10."""
+    old = os.getcwd()
+    os.chdir(path)
+    try:
+        yield
+    finally:
+        os.chdir(old)
+
+
+def snapshot(path):
+    return {str(p.relative_to(path)): p.read_bytes() if p.is_file() else None for p in sorted(Path(path).rglob("*"))}
+
+
+class Case(unittest.TestCase):
+    def setUp(self):
+        self.dir = Path(tempfile.mkdtemp())
+        self.addCleanup(shutil.rmtree, self.dir, ignore_errors=True)
+
+    def close(self, a, b, tolerance, message=None):
+        """|a - b| is at most tolerance times b's largest value."""
+        a, b = (torch.as_tensor(t).detach().double() for t in (a, b))
+        self.assertEqual(a.shape, b.shape, message)
+        self.assertLessEqual((a - b).abs().max().item(), tolerance * b.abs().max().item(), message)
+
+    def same(self, a, b, where="it"):
+        """Equal bit for bit: tensors, and lists and dicts of them."""
+        if isinstance(a, torch.Tensor):
+            self.assertTrue(a.dtype == b.dtype and torch.equal(a, b), f"{where} differs")
+        elif isinstance(a, dict):
+            self.assertEqual(list(a), list(b), where)
+            for key in a:
+                self.same(a[key], b[key], f"{where}[{key!r}]")
+        elif isinstance(a, (list, tuple)):
+            self.assertEqual(len(a), len(b), where)
+            for i, pair in enumerate(zip(a, b)):
+                self.same(*pair, f"{where}[{i}]")
+        else:
+            self.assertEqual(a, b, where)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the house: what holds for every script
+
+
+class TestHouse(Case):
+    def test_imports(self):
+        """No script imports another; at module level only the standard library and the four packages."""
+        allowed = {*sys.stdlib_module_names, "torch", "numpy", "tiktoken", "requests"}
+
+        def imports(node, inside=False):
+            for part in ast.iter_child_nodes(node):
+                if isinstance(part, ast.Import):
+                    yield from ((alias.name, inside) for alias in part.names)
+                elif isinstance(part, ast.ImportFrom):
+                    yield "." * part.level + (part.module or ""), inside
+                else:
+                    yield from imports(part, inside or isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef)))
+
+        for script in SCRIPTS:
+            for name, inside in imports(ast.parse((HERE / f"{script}.py").read_text())):
+                with self.subTest(script=script, name=name):
+                    self.assertNotIn(name.split(".")[0], (*ALL, "tests", ""), "imports another script")
+                    self.assertTrue(inside or name.split(".")[0] in allowed, "not one of the four packages")
+
+    def test_copies(self):
+        """The same top-level name has the same source, to the letter, in every script that has it."""
+        seen = {}
+        for script in SCRIPTS:
+            lines = (HERE / f"{script}.py").read_text().splitlines()
+            for node in ast.parse("\n".join(lines)).body if script != "puzzles" else ():
+                if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name not in (
+                        "Config", "train", "evaluate", "main"):
+                    start = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+                    source = lines[start - 1:node.end_lineno]
+                    other, first = seen.setdefault(node.name, (script, source))
+                    with self.subTest(name=node.name):
+                        self.assertTrue(source == first, "\n".join(["", *difflib.unified_diff(
+                            first, source, f"{other}.py", f"{script}.py", lineterm="")]))
+
+    def test_metadata(self):
+        """Each script begins with inline metadata (PEP 723), so that uv runs it with nothing installed."""
+        for script in SCRIPTS:
+            with self.subTest(script=script):
+                block = re.match(r"# /// script\n((?:#.*\n)+?)# ///\n\"\"\"", (HERE / f"{script}.py").read_text())
+                self.assertTrue(block, "no '# /// script' block before the docstring")
+                wanted = re.search(r"# dependencies = (\[.*\])", block[1])[1]
+                self.assertLessEqual(set(json.loads(wanted)), {"torch", "numpy", "tiktoken", "requests"})
+
+    def test_help(self):
+        """--help: status 0, every field of Config with its comment and its default."""
+        for script in SCRIPTS:
+            with self.subTest(script=script):
+                status, out, err = run(script, "--help")
+                self.assertEqual((status, err), (0, ""))
+                text, config = "".join(out.split()), getattr(importlib.import_module(script), "Config", None)
+                self.assertTrue(config or script in ("flash_attn", "puzzles"))
+                for field in dataclasses.fields(config) if config else ():
+                    line = re.search(rf"^    {field.name}: .*?  # (.*)$", inspect.getsource(config), re.M)
+                    self.assertTrue(line, f"{field.name} has no comment")
+                    for part in (f"--{field.name}", line[1], str(field.default)):
+                        self.assertTrue("".join(part.split()) in text, f"--help lacks {field.name}'s {part!r}")
+
+    def test_default_run(self):
+        """A few steps with otherwise default flags leave the contract's files, in the run's folder alone."""
+        for script in SCRIPTS:
+            with self.subTest(script=script), folder(self.dir):
+                flags = ["--steps", 3, "--out", f"run/{script}", *SHORT.get(script, ())]
+                status, out, err = run(script, *["train"] * (script == "puzzles"), *flags)
+                self.assertEqual(status, 0, err)
+                self.assertLessEqual({p.name for p in self.dir.iterdir()}, {"run", "data"})
+                at = self.dir / "run" / script
+                config = json.loads((at / "config.json").read_text())
+                self.assertEqual(config["steps"], 3)
+                rows = [json.loads(line) for line in (at / "log.jsonl").read_text().splitlines()]
+                steps = [row for row in rows if "loss" in row and "final" not in row]
+                self.assertTrue(steps)
+                for row in steps:
+                    self.assertLessEqual({"step", "loss", "lr", "ms", "seconds"}, set(row))
+                    self.assertTrue({"tokens_per_s", "images_per_s"} & set(row))
+                self.assertTrue([row for row in rows if "loss" not in row and "seconds" in row],
+                                "no line of an evaluation")
+                self.assertTrue(rows[-1]["final"] and rows[-1]["peak_mb"] > 0)
+                self.assertEqual(sum("final" in row for row in rows), 1)
+                xml.etree.ElementTree.parse(at / "curves.svg")
+                for name in ("ckpt.pt", "best.pt"):
+                    saved = torch.load(at / name, weights_only=True)
+                    self.assertLessEqual({"model", "config", "step"}, set(saved))
+                    self.assertEqual(type(saved["config"]), dict)
+                    self.assertFalse([k for k in saved["model"] if k.startswith(("module.", "_orig_mod."))])
+                last = torch.load(at / "ckpt.pt", weights_only=True)
+                self.assertIn("optimizer", last)
+                self.assertEqual((last["step"], last["config"]), (3, config))
+
+    def test_last_row(self):
+        """A disk that fills up, or memory that ends, while a run's last pictures are made does not lose its result."""
+        for script, flags, what in (("vit", [], "write_png"), ("ijepa", [], "neighbours_png"),
+                                    ("simclr", [], "draw_neighbours"),
+                                    ("resnet", ["--save_logits", self.dir / "logits.npy"], "predict")):
+            with self.subTest(script=script), folder(self.dir):
+                module = importlib.import_module(script)
+                real = getattr(module, what)
+
+                def fails(*args, **more):
+                    if what == "predict" and more.get("views") != 2:  # the test's six come first
+                        return real(*args, **more)
+                    raise module.UserError("the disk is full", 1)
+
+                flags = ["--steps", 2, "--out", script, *SHORT[script], *flags]
+                with mock.patch.object(module, what, fails), mock.patch.object(module, "rankme", len, create=True):
+                    status, _, err = run(script, *flags)  # rankme of pixels takes long
+                self.assertEqual((status, err), (1, f"{script}.py: the disk is full\n"))
+                rows = [json.loads(line) for line in (Path(script) / "log.jsonl").read_text().splitlines()]
+                self.assertTrue(rows[-1].get("final") and any(key.startswith("test_") for key in rows[-1]), rows[-1])
+
+    def test_out_of_memory(self):
+        """One line and status 1; a compiler that fails too; other errors of torch are not hidden."""
+        said = "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried\nto"
+        no_compiler = torch._dynamo.exc.TorchDynamoException("No working C++ compiler found\nin PATH")
+        for script in SCRIPTS:
+            if script != "puzzles":
+                module = importlib.import_module(script)
+                for error, says in ((RuntimeError(said), "out of memory"), (MemoryError(), "out of memory"),
+                                    (no_compiler, "--compile failed")):
+                    with self.subTest(script=script, error=error), mock.patch.object(module, "train",
+                                                                                     side_effect=error):
+                        status, _, err = run(script, *["--compile"] * (says[0] == "-"), "--out", self.dir)
+                        self.assertEqual(status, 1)
+                        self.assertRegex(err, rf"\A{script}\.py: {says}[^\n]+\n\Z")
+                with mock.patch.object(module, "train", side_effect=RuntimeError("a bug")):
+                    self.assertRaisesRegex(RuntimeError, "a bug", run, script, "--out", self.dir)
+
+    def test_disk_gone(self):
+        """On a disk that has become read-only, not even the temporary file can be removed: still one line."""
+        gone = OSError(errno.EROFS, "Read-only file system")
+        for script in SCRIPTS:
+            module = importlib.import_module(script)
+            with self.subTest(script=script), mock.patch("os.replace", side_effect=gone), mock.patch.object(
+                    Path, "unlink", side_effect=gone):
+                with self.assertRaisesRegex(module.UserError, "can't write .*Read-only"):
+                    module.write_atomic(self.dir / "x", b"text")
+
+    def test_round_ticks(self):
+        """Round numbers, equally far apart, around what they are for, however near to one another that is."""
+        import resnet
+        rng = np.random.default_rng(0)
+        pairs = [(0, 0), (5, 5), (-3, -3), (0, 1800), (0.2672, 0.4031), (0, 1e-30), (1e20, np.nextafter(1e20, 1e21))]
+        pairs += [sorted(rng.normal(size=2) * 10.0 ** rng.uniform(-9, 9)) for _ in range(500)]
+        for low, high in pairs:
+            ticks = resnet.round_ticks(float(low), float(high))
+            step = ticks[1] - ticks[0]
+            self.assertTrue(2 <= len(ticks) <= 8 and step > 0, (low, high, ticks))
+            self.assertTrue(np.allclose(np.diff(ticks), step, rtol=1e-6), ticks)
+            self.assertTrue(ticks[0] <= low + 1e-9 * step and ticks[-1] >= high - 1e-9 * step, (low, high, ticks))
+            self.assertIn(round(step / 10.0 ** math.floor(math.log10(step) + 1e-9), 6), (1, 2, 5), ticks)
+
+    def test_import_does_nothing(self):
+        """Importing prints nothing, writes nothing, and leaves random states, threads and signal handlers alone."""
+        code = """if True:
+            import random, signal, sys, warnings, numpy, requests, tiktoken, torch
+            def state():
+                return [random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist(),
+                        sys.path, torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(),
+                        signal.getsignal(signal.SIGINT), torch.get_float32_matmul_precision(), warnings.filters]
+            before = [list(x) if isinstance(x, list) else x for x in state()]
+            import """ + ", ".join(SCRIPTS) + """
+            assert state() == before"""
+        done = child("-c", code, cwd=self.dir)
+        self.assertEqual((done.returncode, done.stdout, done.stderr, snapshot(self.dir)), (0, "", "", {}))
+
+    def test_outside(self):
+        """A fresh clone stands alone: nothing names a folder beside it, but .ci/run."""
+        for path in [*(HERE / f"{s}.py" for s in SCRIPTS), HERE / "tests.py", HERE / "README.md"]:
+            self.assertNotIn(".." + "/shared", path.read_text() if path.exists() else "", path.name)
+
+    def test_readme_comparison(self):
+        """The table of what five ways of learning made of an encoder is that of compare.json."""
+        readme = (HERE / "README.md").read_text()
+        for line in BenchIJEPA().table():
+            self.assertIn(line, readme)
+
+    def test_readme_tables(self):
+        """The tables about CIFAR-10 are what the logs say."""
+        readme = (HERE / "README.md").read_text()
+        for line in BenchSimCLR().table() + BenchMAE().table():
+            self.assertIn(line, readme)
+
+    def test_readme_files(self):
+        """Pictures, logs and scripts that the README links to are there."""
+        for path in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", (HERE / "README.md").read_text()):
+            self.assertTrue((HERE / path).exists(), path)
+
+
+class Server:
+    """An HTTP server on 127.0.0.1. replies, one for each request and the last for all others: status, body, cut
+    (bytes sent before it hangs up), ranges (whether it knows Range). asked: the requests' Range headers."""
+
+    def __init__(self, test, *replies):
+        self.asked = asked = []
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                reply = dict(dict(status=200, cut=None, ranges=True), **replies[min(len(asked), len(replies) - 1)])
+                asked.append(self.headers.get("Range"))
+                body, start, status = reply["body"], 0, reply["status"]
+                if asked[-1] and reply["ranges"] and status == 200:
+                    start = int(re.fullmatch(r"bytes=(\d+)-", asked[-1])[1])
+                    status = 206 if start < len(body) else 416
+                self.send_response(status)
+                if status == 206:
+                    self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+                if status == 416:
+                    self.send_header("Content-Range", f"bytes */{len(body)}")
+                    body, start = b"", 0
+                self.send_header("Content-Length", str(len(body) - start))
+                self.end_headers()
+                with contextlib.suppress(OSError):
+                    self.wfile.write(body[start:reply["cut"]])
+
+            def log_message(self, *_):
+                pass
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{server.server_port}/file"
+        threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.01), daemon=True).start()
+        test.addCleanup(server.server_close)
+        test.addCleanup(server.shutdown)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# resnet.py
+
+
+def slow_conv(x, w, stride=1, groups=1):
+    """A convolution that keeps the size, as a sum over its filters' positions, one group after another."""
+    k, y = w.size(-1), []
+    H, W = ((n - 1) // stride + 1 for n in x.shape[2:])
+    x = F.pad(x, [k // 2] * 4)
+    for x_g, w_g in zip(x.chunk(groups, 1), w.chunk(groups)):
+        y.append(sum(torch.einsum("bchw,oc->bohw", x_g[:, :, i:i + stride * H:stride, j:j + stride * W:stride]
+                                  [:, :, :H, :W], w_g[:, :, i, j]) for i in range(k) for j in range(k)))
+    return torch.cat(y, 1)
+
+
+def slow_norm(x, w, name, training):
+    """Batch norm: by the batch's mean and biased variance in training, else by the running ones."""
+    if training:
+        n = len(x) * x[0, 0].numel()
+        mean = x.sum((0, 2, 3), keepdim=True) / n
+        var = (x - mean).square().sum((0, 2, 3), keepdim=True) / n
+    else:
+        mean, var = (w[f"{name}.running_{s}"].view(1, -1, 1, 1) for s in ("mean", "var"))
+    weight, bias = (w[f"{name}.{s}"].view(1, -1, 1, 1) for s in ("weight", "bias"))
+    return (x - mean) / (var + 1e-5).sqrt() * weight + bias
+
+
+def slow_gelu(x):
+    return x / 2 * (1 + torch.erf(x / 2**0.5))
+
+
+def slow_shortcut(w, x, C, stride, training):
+    """By w's names, torchvision's or RegNet's: 1×1 convolution and norm, or the convolution alone; without such names
+    x, every stride-th pixel, in the middle of C channels."""
+    for name in ("downsample", "proj"):
+        if f"{name}.0.weight" in w:
+            x = slow_conv(x, w[f"{name}.0.weight"], stride)
+            return slow_norm(x, w, f"{name}.1", training) if f"{name}.1.weight" in w else x
+    new = C - x.size(1)
+    y = x.new_zeros(len(x), C, *x[0, 0, ::stride, ::stride].shape)
+    y[:, new // 2:new // 2 + x.size(1)] = x[:, :, ::stride, ::stride]
+    return y
+
+
+def slow_block(w, x, stride=1, groups=1, training=False, plain=False, s=1, m=1):
+    """Two convolutions, or three, the last but one with stride and groups. s stands for DropPath, m for DropBlock."""
+    names = [(f"conv{i}", f"bn{i}") for i in "123"] + [(f"f.{k}.0", f"f.{k}.1") for k in "abc"]
+    names, y = [(conv, bn) for conv, bn in names if f"{conv}.weight" in w], x
+    for n, (conv, bn) in enumerate(names):
+        middle, last = n == len(names) - 2, n == len(names) - 1
+        y = slow_conv(y, w[f"{conv}.weight"], stride if middle else 1, groups if middle else 1)
+        y = slow_norm(y, w, bn, training)
+        y = y if last else y.clamp(min=0)
+    y = y if plain else slow_shortcut(w, x, y.size(1), stride, training) + s * y
+    return (m * y).clamp(min=0)
+
+
+def slow_preact(w, x, stride=1, training=False, plain=False, s=1, m=1):
+    a = slow_norm(x, w, "bn1", training).clamp(min=0)
+    y = slow_conv(a, w["conv1.weight"], stride)
+    y = slow_conv(slow_norm(y, w, "bn2", training).clamp(min=0), w["conv2.weight"])
+    if not plain:
+        y = s * y + (slow_conv(a, w["downsample.0.weight"], stride) if "downsample.0.weight" in w else x)
+    return m * y
+
+
+def slow_fast(w, x, stride=1, training=False, plain=False, s=1, m=1):
+    x = slow_conv(x, w["conv1.weight"]).unfold(2, stride, stride).unfold(3, stride, stride).amax((-1, -2))
+    x = slow_gelu(slow_norm(x, w, "bn1", training))
+    y = slow_gelu(slow_norm(slow_conv(x, w["conv2.weight"]), w, "bn2", training))
+    y = slow_norm(slow_conv(y, w["conv3.weight"]), w, "bn3", training)
+    return slow_gelu(m * (y if plain else x + s * y))
+
+
+def slow_blocks(w, x, block=slow_block, first=1, training=False, **how):
+    """Stages of blocks: layer1.0, layer1.1, ..., RegNet's trunk_output.block1.block1-0 the same."""
+    for i in "1234":
+        for j in range(99):
+            for at in (f"layer{i}.{j}.", f"trunk_output.block{i}.block{i}-{j}."):
+                inner = {k.removeprefix(at): v for k, v in w.items() if k.startswith(at)}
+                if inner:
+                    x = block(inner, x, stride=1 if j else first if i == "1" else 2, training=training, **how)
+    return x
+
+
+def slow_torchvision(w, x, group_width=None, groups=1):
+    """Logits in evaluation, of a state dict in torchvision's names."""
+    if "stem.0.weight" in w:
+        x = slow_norm(slow_conv(x, w["stem.0.weight"], 2), w, "stem.1", False).clamp(min=0)
+        x = slow_blocks(w, x, first=2, block=lambda u, x, **how: slow_block(
+            u, x, **how, groups=len(u["f.b.0.weight"]) // group_width))
+    else:
+        x = slow_norm(slow_conv(x, w["conv1.weight"], 2), w, "bn1", False).clamp(min=0)
+        x = F.pad(x, [1] * 4).unfold(2, 3, 2).unfold(3, 3, 2).amax((-1, -2))  # after a ReLU, 0 is as good as -inf
+        x = slow_blocks(w, x, groups=groups)
+    return x.mean((2, 3)) @ w["fc.weight"].T + w["fc.bias"]
+
+
+def torchvision_shapes(name):
+    """Names and shapes of torchvision's state dicts."""
+    shapes = {}
+
+    def conv_bn(conv, bn, C, C_in, k):
+        shapes[f"{conv}.weight"] = (C, C_in, k, k)
+        shapes.update({f"{bn}.{part}": (C,) for part in ("weight", "bias", "running_mean", "running_var")})
+        shapes[f"{bn}.num_batches_tracked"] = ()
+
+    if name == "regnet_x_400mf":
+        conv_bn("stem.0", "stem.1", 32, 3, 3)
+        C = 32
+        for i, (width, depth) in enumerate(((32, 1), (64, 2), (160, 7), (400, 12)), 1):
+            for j in range(depth):
+                at = f"trunk_output.block{i}.block{i}-{j}"
+                if j == 0:
+                    conv_bn(f"{at}.proj.0", f"{at}.proj.1", width, C, 1)
+                conv_bn(f"{at}.f.a.0", f"{at}.f.a.1", width, C, 1)
+                conv_bn(f"{at}.f.b.0", f"{at}.f.b.1", width, 16, 3)
+                conv_bn(f"{at}.f.c.0", f"{at}.f.c.1", width, width, 1)
+                C = width
+    else:
+        depths = dict(resnet18=(2, 2, 2, 2), resnet101=(3, 4, 23, 3), resnet152=(3, 8, 36, 3)).get(name, (3, 4, 6, 3))
+        conv_bn("conv1", "bn1", 64, 3, 7)
+        C = 64
+        for i, depth in enumerate(depths, 1):
+            width = 64 * 2 ** (i - 1)
+            inner = width * 2 if name in ("resnext50_32x4d", "wide_resnet50_2") else width
+            for j in range(depth):
+                at = f"layer{i}.{j}"
+                if name in ("resnet18", "resnet34"):
+                    conv_bn(f"{at}.conv1", f"{at}.bn1", width, C, 3)
+                    conv_bn(f"{at}.conv2", f"{at}.bn2", width, width, 3)
+                    out = width
+                else:
+                    conv_bn(f"{at}.conv1", f"{at}.bn1", inner, C, 1)
+                    conv_bn(f"{at}.conv2", f"{at}.bn2", inner, inner // 32 if name == "resnext50_32x4d" else inner, 3)
+                    conv_bn(f"{at}.conv3", f"{at}.bn3", 4 * width, inner, 1)
+                    out = 4 * width
+                if j == 0 and out != C or j == 0 and i > 1:
+                    conv_bn(f"{at}.downsample.0", f"{at}.downsample.1", out, C, 1)
+                C = out
+    return shapes | {"fc.weight": (1000, C), "fc.bias": (1000,)}
+
+
+def random_weights(shapes, seed=0):
+    """Weights that keep the variance, norms' scales about 1, running variances from .5 to 1.5."""
+    g, w = torch.Generator().manual_seed(seed), {}
+    for name, shape in shapes.items():
+        w[name] = torch.randn(shape, generator=g)
+        if len(shape) > 1:
+            w[name] *= (2 / math.prod(shape[1:])) ** 0.5
+        elif name.endswith("running_var"):
+            w[name] = torch.rand(shape, generator=g) + 0.5
+        elif name.endswith("tracked"):
+            w[name] = torch.tensor(0)
+        else:
+            w[name] = 0.2 * w[name] + name.endswith("weight")
+    return w
+
+
+@functools.cache
+def drawn(draw, n, seed):
+    return draw(n, seed)
+
+
+def small_resnet():
+    """A patch of resnet.py for runs that take a second: few images, and networks of two blocks."""
+    import resnet
+    draw, few = resnet.make_shapes, {10000: 240, 1000: 60, 2000: 60}
+
+    def basic(num_classes=10, **more):
+        stages = [(resnet.BasicBlock, 4, 1, 2), (resnet.BasicBlock, 8, 1, 2)]
+        return resnet.ResNet(stages, num_classes, **{"shortcut": "A", "stem_width": 4, **more})
+
+    def fast(num_classes=10, **more):
+        stages = [(resnet.FastBlock, 8, 1, 2), (resnet.FastBlock, 16, 1, 2)]
+        return resnet.ResNet(stages, num_classes, **{**more, "stem": "whiten", "stem_width": 24})
+
+    return mock.patch.multiple(resnet, make_shapes=lambda n, seed: drawn(draw, few.get(n, n), seed),
+                               ARCHS=resnet.ARCHS | dict(resnet20=basic, resnet56=basic, fast=fast))
+
+
+class Times(nn.Module):
+    """Multiplies by a constant."""
+
+    def __init__(self, constant):
+        super().__init__()
+        self.constant = constant
+
+    def forward(self, x):
+        return x * self.constant
+
+
+class Evil:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+class TestResNet(Case):
+    @classmethod
+    def setUpClass(cls):
+        import resnet
+        cls.resnet, cls.draw, cls.archs = resnet, staticmethod(resnet.make_shapes), resnet.ARCHS
+        cls.threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+
+    @classmethod
+    def tearDownClass(cls):
+        torch.set_num_threads(cls.threads)
+        drawn.cache_clear()
+
+    def setUp(self):
+        super().setUp()
+        torch.manual_seed(0)
+        patch = small_resnet()
+        patch.start()
+        self.addCleanup(patch.stop)
+        self.tiny = ["--batch_size", 16, "--steps", 12, "--eval_every", 6, "--log_every", 3, "--warmup", 2,
+                     "--dtype", "float32"]
+
+    # helpers
+
+    def train(self, name, *flags, tiny=True, status=0):
+        """A small run into the folder name: its out, rows of the log, text, checkpoint."""
+        out = self.dir / name
+        got, text, err = run("resnet", *(self.tiny if tiny else ()), "--out", out, *flags)
+        self.assertEqual(got, status, err)
+        return self.look(out, text, err)
+
+    def look(self, out, text="", err=""):
+        rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        return SimpleNamespace(out=out, rows=rows, text=text, err=err,
+                               ckpt=torch.load(out / "ckpt.pt", weights_only=True),
+                               losses={r["step"]: r["loss"] for r in rows if "loss" in r},
+                               val={r["step"]: r["val_loss"] for r in rows if "val_loss" in r})
+
+    def same_run(self, a, b):
+        """The same parameters, buffers, average, optimiser, best accuracy and losses, bit for bit."""
+        for key in ("model", "optimizer", "step", "best", *["ema"] * ("ema" in a.ckpt)):
+            self.same(a.ckpt[key], b.ckpt[key], key)
+        kept = ("step", "loss", "train_accuracy", "lr", "val_loss", "val_accuracy", "test_accuracy",
+                "test_accuracy_six_views")
+        self.assertEqual(*([{k: row[k] for k in kept if k in row} for row in run.rows] for run in (a, b)))
+
+    def bad(self, *flags, says=(), status=2):
+        """Bad input: the status, one line on stderr that begins with the script's name, nothing on disk changes."""
+        before = snapshot(self.dir)
+        with self.subTest(flags=" ".join(map(str, flags))[-90:]), folder(self.dir):
+            got, out, err = run("resnet", *flags)
+            self.assertEqual(got, status, err)
+            self.assertRegex(err, r"\Aresnet\.py: [^\n]+\n\Z")
+            for word in [says] if isinstance(says, str) else says:
+                self.assertIn(str(word), err)
+            self.assertNotIn("Traceback", out)
+            self.assertEqual(sorted(snapshot(self.dir)), sorted(before), "files came or went")
+            self.assertTrue(snapshot(self.dir) == before, "a file changed")
+
+    def randomised(self, model, seed=0):
+        """The model in fp64 with random weights, norms and statistics; and copies of them, with gradients."""
+        model.double()
+        w = random_weights({k: tuple(t.shape) for k, t in model.state_dict().items()}, seed)
+        model.load_state_dict(w)
+        return {k: t.detach().clone().requires_grad_(t.is_floating_point()) for k, t in model.state_dict().items()}
+
+    def images(self, n, size=8, seed=0):
+        g = torch.Generator().manual_seed(seed)
+        return torch.randint(0, 256, (n, 3, size, size), generator=g, dtype=torch.uint8)
+
+    def network(self, *stages, **more):
+        return self.resnet.ResNet(list(stages), **{"num_classes": 5, "stem_width": 4, **more})
+
+    def config(self, **more):
+        return self.resnet.Config(**{"batch_size": 8, "steps": 20, "warmup": 3, **more})
+
+    # blocks and networks
+
+    def test_blocks(self):
+        """Output, gradients and running statistics of every block, with each kind of shortcut, against slow ones."""
+        r, bottleneck = self.resnet, self.resnet.Bottleneck
+        for make, slow, how, shortcuts in (
+                (r.BasicBlock, slow_block, {}, "ABIN"), (bottleneck, slow_block, {}, "ABIN"),
+                (functools.partial(bottleneck, ratio=0.5, groups=2), slow_block, dict(groups=2), "B"),
+                (functools.partial(bottleneck, ratio=1, group_width=4), slow_block, dict(groups=4), "BI"),
+                (r.PreActBlock, slow_preact, {}, "CIN"), (r.FastBlock, slow_fast, {}, "IN")):
+            for shortcut, training in itertools.product(shortcuts, (True, False)):
+                C_in, C, stride = (16, 16, 1) if shortcut == "I" and slow is not slow_fast else (7, 16, 2)
+                projection = [nn.Conv2d(C_in, C, 1, stride, bias=False), nn.BatchNorm2d(C)]
+                downsample = dict(A=r.PadShortcut(C_in, C, stride), B=nn.Sequential(*projection), I=nn.Identity(),
+                                  C=nn.Sequential(projection[0]), N=None)[shortcut]
+                s, m = (torch.rand(3, n, 1, 1).double() for n in (1, 16))
+                block = make(C_in, C, stride, nn.BatchNorm2d, downsample, Times(s), Times(m))
+                with self.subTest(make=make, shortcut=shortcut, training=training):
+                    w = self.randomised(block)
+                    x = torch.randn(3, C_in, 6, 6).double().requires_grad_()
+                    want = slow(w, x, stride, training=training, plain=shortcut == "N", s=s, m=m, **how)
+                    got = block.train(training)(x)
+                    self.close(got, want, 1e-11)
+                    r_ = torch.randn(want.shape).double()
+                    names = [k for k, p in block.named_parameters()]
+                    want = torch.autograd.grad((want * r_).sum(), [x, *(w[k] for k in names)])
+                    got = torch.autograd.grad((got * r_).sum(), [x, *block.parameters()])
+                    for name, a, b in zip(["x", *names], got, want):
+                        self.close(a, b, 1e-10, name)
+
+    def test_networks(self):
+        """Logits of whole networks: each stem, option A and plain, wide and whitened, against slow ones."""
+        r = self.resnet
+        basic, x = [(r.BasicBlock, 4, 2, 1), (r.BasicBlock, 9, 1, 2)], torch.randn(3, 3, 13, 13).double()
+
+        def cifar(w, plain=False, training=False):
+            y = slow_norm(slow_conv(x, w["conv1.weight"]), w, "bn1", training).clamp(min=0)
+            return slow_blocks(w, y, plain=plain, training=training).mean((2, 3))
+
+        def wide(w, training):
+            y = slow_blocks(w, slow_conv(x, w["conv1.weight"]), slow_preact, training=training)
+            return slow_norm(y, w, "bn_last", training).clamp(min=0).mean((2, 3))
+
+        def whiten(w, training):
+            patches = x.unfold(2, 2, 1).unfold(3, 2, 1)  # (B, 3, 12, 12, 2, 2)
+            y = torch.einsum("bchwij,ocij->bohw", patches, w["conv1.weight"]) + w["conv1.bias"].view(-1, 1, 1)
+            return slow_blocks(w, slow_gelu(y), slow_fast, first=2, training=training).amax((2, 3)) / 9
+
+        for slow, model in (
+                (cifar, self.network(*basic, shortcut="A")), (cifar, self.network(*basic, shortcut="B")),
+                (functools.partial(cifar, plain=True), self.network(*basic, shortcut="A", plain=True)),
+                (wide, self.network((r.PreActBlock, 4, 2, 1), (r.PreActBlock, 8, 1, 2), shortcut="conv",
+                                    stem="wide")),
+                (whiten, self.network((r.FastBlock, 8, 1, 2), (r.FastBlock, 9, 1, 2), stem="whiten"))):
+            for training in (False, True):
+                w = self.randomised(model)
+                want = slow(w, training=training) @ w["fc.weight"].T + (w["fc.bias"] if "fc.bias" in w else 0)
+                self.close(model.train(training)(x), want, 1e-11, str(slow))
+
+    def test_sizes(self):
+        """Parameters of every network, as published; fast's from its formula."""
+        fast = 24 * 13 + 9 * (24 * 64 + 2 * 64**2 + 64 * 256 + 5 * 256**2) + 6 * (64 + 256 + 256) + 256 * 10
+        sizes = {10: {"resnet20": 269722, "resnet32": 464154, "resnet44": 658586, "resnet56": 853018,
+                      "resnet110": 1727962, "wrn28-10": 36479194, "wrn16-8": 10961370, "fast": fast},
+                 1000: {"resnet18": 11689512, "resnet34": 21797672, "resnet50": 25557032, "resnet101": 44549160,
+                        "resnet152": 60192808, "resnext50_32x4d": 25028904, "wide_resnet50_2": 68883240,
+                        "regnet_x_400mf": 5495976}}
+        self.assertEqual(sorted([*sizes[10], *sizes[1000]]), sorted(self.archs))
+        for classes, table in sizes.items():
+            for name, size in table.items():
+                with torch.device("meta"):
+                    model = self.archs[name](num_classes=classes)
+                self.assertEqual(sum(p.numel() for p in model.parameters()), size, name)
+                layers = [m for k, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))
+                          and "downsample" not in k]
+                if re.fullmatch(r"resnet\d+", name):  # a network is named after its layers
+                    self.assertEqual(len(layers), int(name[6:]))
+
+    def test_macs(self):
+        """Against sums over layers of (output positions) × (weights)."""
+        def macs(name, size, **more):
+            with torch.device("meta"):
+                return self.resnet.count_macs(self.archs[name](**more), size)
+
+        def stage(C_in, C, size, n):  # of n basic blocks, without a projection
+            return size**2 * 9 * (C_in * C + (2 * n - 1) * C * C)
+
+        cifar = 32**2 * 27 * 16 + stage(16, 16, 32, 3) + stage(16, 32, 16, 3) + stage(32, 64, 8, 3) + 640
+        self.assertEqual((cifar, macs("resnet20", 32)), (40551040, 40551040))
+        imagenet = 112**2 * 147 * 64 + 512 * 1000 + sum(
+            stage(C_in, C, size, 2) + size**2 * C_in * C * (C > 64)
+            for C_in, C, size in ((64, 64, 56), (64, 128, 28), (128, 256, 14), (256, 512, 7)))
+        self.assertEqual((imagenet, macs("resnet18", 224)), (1814073344, 1814073344))
+        group = [9 * C_in * C * before**2 + 18 * C * C * after**2
+                 for C_in, C, before, after in ((24, 64, 31, 15), (64, 256, 15, 7), (256, 256, 7, 3))]
+        self.assertEqual(macs("fast", 32), 24 * 12 * 31**2 + sum(group) + 2560)
+        self.assertAlmostEqual(macs("regnet_x_400mf", 224, num_classes=1000) / 400e6, 1, delta=0.05)
+
+    def test_plain(self):
+        """The same parameters without the shortcut, with which the last block's branch at 0 leaves its input."""
+        r = self.resnet
+        stages = [(r.BasicBlock, 4, 2, 1), (r.BasicBlock, 8, 2, 2)]
+        plain, residual = (self.network(*stages, shortcut="A", plain=flag).eval() for flag in (True, False))
+        self.assertEqual(*({k: p.shape for k, p in m.named_parameters()} for m in (plain, residual)))
+        plain.load_state_dict(residual.state_dict())
+        x = torch.randn(2, 8, 5, 5).abs()
+        for model, want in ((plain, torch.zeros_like(x)), (residual, x)):
+            block = model.layer2[1]
+            nn.init.zeros_(block.bn2.weight)
+            self.assertTrue(torch.equal(block(x), want))
+        names = {name: self.archs[name] for name in ("resnet20", "resnet56")}
+        for depth, make in names.items():
+            with torch.device("meta"):
+                a, b = make(), make(plain=True)
+            self.assertEqual(*({k: p.shape for k, p in m.state_dict().items()} for m in (a, b)))
+
+    def test_drop_path(self):
+        """Each image's branch is left out or scaled by 1 / (1 - p), with probability p; in evaluation never."""
+        p, n = 0.3, 4000
+        drop, x = self.resnet.DropPath(p), torch.randn(n, 2, 3, 3)
+        y = drop(x)
+        gone = (y == 0).flatten(1).all(1)
+        self.close(y[~gone], x[~gone] / (1 - p), 1e-6)
+        self.assertAlmostEqual(gone.float().mean().item(), p, delta=5 * (p * (1 - p) / n) ** 0.5)
+        self.assertIs(drop.eval()(x), x)
+        self.assertTrue(torch.equal(self.resnet.DropPath(0.0)(x), x))
+        r = self.resnet
+        for block in (r.BasicBlock, r.PreActBlock, r.FastBlock):
+            model = self.network((block, 4, 2, 1), (block, 6, 3, 2), shortcut="conv", drop_path=0.5)
+            self.assertEqual([m.p for m in model.modules() if isinstance(m, r.DropPath)],
+                             [0.5 * n / 5 for n in range(1, 6)])
+        block = self.network((r.BasicBlock, 4, 2, 1), drop_path=0.5).layer1[1]  # an image keeps its shortcut
+        x = torch.randn(64, 4, 5, 5).abs()
+        y, branch = block(x), block.branch(x)
+        gone = (y == x).flatten(1).all(1)
+        self.assertTrue(10 < gone.sum() < 54, gone.sum())
+        self.close(y[~gone], (x + 2 * branch).relu()[~gone], 1e-6)
+
+    def test_drop_block(self):
+        """Squares of zeros inside the map, channels and images apart; the rest is scaled so that the mean stays."""
+        for p, size, H, W in ((0.1, 3, 8, 8), (0.1, 3, 16, 9), (0.25, 7, 14, 14), (0.2, 1, 6, 6), (0.1, 7, 4, 4)):
+            with self.subTest(p=p, size=size, H=H, W=W):
+                s, x = min(size, H, W), torch.ones(200, 20, H, W)
+                y = self.resnet.DropBlock(p, size)(x)
+                zero = y == 0
+                # from [7] eq. 1: a pixel is dropped if one of the squares that hold it is drawn
+                gamma = p / s**2 * (H * W) / ((H - s + 1) * (W - s + 1))
+                squares = torch.zeros(H, W)
+                covered = torch.zeros_like(zero)
+                for i, j in itertools.product(range(H - s + 1), range(W - s + 1)):
+                    squares[i:i + s, j:j + s] += 1
+                    whole = zero[:, :, i:i + s, j:j + s].flatten(2).all(2)
+                    covered[:, :, i:i + s, j:j + s] |= whole[:, :, None, None]
+                want = 1 - (1 - gamma) ** squares
+                spread = zero.double().mean((2, 3)).std().item() / 4000**0.5
+                self.assertAlmostEqual(zero.double().mean().item(), want.mean().item(), delta=5 * spread)
+                self.assertTrue(0.7 * p < want.mean() <= p + 1e-6)  # where squares overlap it is a little less
+                self.assertTrue(torch.equal(covered, zero), "zeros that are no squares")
+                if s < H:
+                    self.assertIn(s * s, zero.flatten(2).sum(2).unique().tolist())  # a square alone
+                self.assertGreater(len(zero.flatten(0, 1).flatten(1).unique(dim=0)), 10 if s < H else 1)
+                kept = y[~zero]
+                self.assertTrue((kept == kept[0]).all())
+                self.assertAlmostEqual(y.double().mean().item(), 1, delta=1e-5)
+                x = torch.randn(2, 2, H, W)
+                self.assertIs(self.resnet.DropBlock(p, size).eval()(x), x)
+                self.assertTrue(torch.equal(self.resnet.DropBlock(0.0, size)(x), x))
+        r = self.resnet
+        model = self.network(*[(r.BasicBlock, 4, 2, 1)] * 3, drop_block=0.2)
+        self.assertEqual([m.p for m in model.modules() if isinstance(m, r.DropBlock)], [0, 0, 0.2, 0.2, 0.2, 0.2])
+
+    def test_norms(self):
+        """Batch norm divides by the biased variance and keeps the unbiased one; layer norm is torch's, with a scale
+        and a shift per channel."""
+        x = 3 * torch.randn(2, 4, 1, 1) + 5  # n = 2
+        norm = self.resnet.make_norm("batch", 4, momentum=0.3)
+        y = norm(x)
+        mean = x.mean(0).flatten()
+        biased = ((x[0] - x[1]) / 2).square().flatten()
+        self.close(y[0].flatten(), (x[0].flatten() - mean) / (biased + 1e-5).sqrt(), 1e-5)
+        self.close(norm.running_var, 0.7 + 0.3 * 2 * biased, 1e-5)
+        self.close(norm.running_mean, 0.3 * mean, 1e-5)
+        x = 3 * torch.randn(5, 4, 3, 6) + 5
+        norm = self.resnet.make_norm("layer", 4)
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+        want = nn.LayerNorm((4, 3, 6), elementwise_affine=False)(x)
+        self.close(norm(x), want * norm.weight.view(4, 1, 1) + norm.bias.view(4, 1, 1), 1e-5)
+        self.assertTrue(torch.equal(self.resnet.make_norm("none", 4)(x), x))
+
+    def test_initial_weights(self):
+        """Through 20 plain layers without norms, He's weights keep the size of what passes; Xavier's take half of the
+        variance in each: the same random numbers, so that the ratio is exact."""
+        stds, x = {}, torch.randn(8, 3, 16, 16)
+        for kind in ("kaiming", "xavier"):
+            torch.manual_seed(0)
+            model = self.network((self.resnet.BasicBlock, 32, 10, 1), stem_width=32, norm="none", plain=True,
+                                 weight_init=kind)
+            with torch.no_grad():
+                first = model.conv1(x).relu()
+                stds[kind] = first.std().item(), model.layer1(first).std().item()
+            for conv in (m for m in model.modules() if isinstance(m, nn.Conv2d) and m.in_channels == 32):
+                want = (1 / 288 if kind == "xavier" else 2 / 288) ** 0.5
+                self.assertAlmostEqual(conv.weight.std().item() / want, 1, delta=0.05)
+        self.assertTrue(1 / 3 < stds["kaiming"][1] / stds["kaiming"][0] < 3, stds)
+        ratio = (stds["kaiming"][1] / stds["kaiming"][0]) / (stds["xavier"][1] / stds["xavier"][0])
+        self.assertAlmostEqual(ratio / 2**10, 1, delta=1e-3)
+
+    def test_whitening(self):
+        """On the images' patches the filters' outputs have the identity as second moments, up to eps; in pairs ±."""
+        x = self.resnet.normalise(self.draw(64, 0)[0], self.resnet.CIFAR10_STATS)
+        model = self.network((self.resnet.FastBlock, 8, 1, 2), stem="whiten", stem_width=24)
+        for eps, tolerance in ((1e-12, 2e-3), (5e-4, 0.2)):
+            model.whiten_stem(x, eps)
+            with torch.no_grad():
+                y = (model.conv1(x) - model.conv1.bias.view(-1, 1, 1)).transpose(0, 1).flatten(1).double()  # (24, n)
+            moments = y @ y.T / y.size(1)
+            self.assertLess((moments[:12, :12] - torch.eye(12)).abs().max().item(), tolerance)
+            self.assertTrue(torch.equal(model.conv1.weight[12:], -model.conv1.weight[:12]))
+        self.assertFalse(model.conv1.weight.requires_grad)
+        patches = x.unfold(2, 2, 1).unfold(3, 2, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 12).double()
+        values = torch.linalg.svdvals(patches).square() / len(patches)
+        self.close(moments[:12, :12].diagonal().sort().values, (values / (values + 5e-4)).sort().values, 1e-4)
+
+    # official weights
+
+    def test_official_shapes(self):
+        """Every official network has the names and shapes of torchvision's state dict, RegNet's after renaming."""
+        for name in self.resnet.OFFICIAL:
+            with torch.device("meta"):
+                ours = {k: tuple(t.shape) for k, t in self.archs[name](1000).state_dict().items()}
+            theirs = torchvision_shapes(name)
+            if name == "regnet_x_400mf":
+                self.assertEqual(sorted(ours.values()), sorted(theirs.values()))
+            else:
+                self.assertEqual(ours, theirs, name)
+
+    def test_official_weights(self):
+        """Random state dicts in torchvision's names, in files with the published names: logits as slow ones."""
+        x = torch.randn(1, 3, 32, 32)
+        for file, how in (("resnet18-f37072fd.pth", {}), ("resnext50_32x4d-1a0047aa.pth", dict(groups=32)),
+                          ("regnet_x_400mf-62229a5f.pth", dict(group_width=16))):
+            with self.subTest(file):
+                w = random_weights(torchvision_shapes(file.split("-")[0]))
+                torch.save(w, self.dir / file)
+                model = self.resnet.from_pretrained(self.dir / file).eval()
+                w = {k: t.double() for k, t in w.items()}
+                with torch.no_grad():
+                    self.close(model(x), slow_torchvision(w, x.double(), **how), 1e-4)
+                (self.dir / file).unlink()
+
+    def test_official_refused(self):
+        name = "regnet_x_400mf-62229a5f.pth"
+        w = random_weights(torchvision_shapes("regnet_x_400mf"))
+        changes = (("missing", lambda w: w.pop("trunk_output.block2.block2-1.f.b.0.weight")),
+                   ("missing", lambda w: w.pop("stem.1.running_mean")),
+                   ("extra", lambda w: w.update({"trunk_output.block2.block2-2.f.b.0.weight": torch.ones(1)})),
+                   ("shape", lambda w: w.update({"fc.bias": torch.ones(999)})))
+        for _, change in changes:
+            wrong = dict(w)
+            change(wrong)
+            torch.save(wrong, self.dir / name)
+            self.bad(*self.tiny, "--init", self.dir / name, says=name)
+        marker = self.dir / "marker"
+        for content in (Evil(marker), {**w, "fc.bias": Evil(marker)}):
+            torch.save(content, self.dir / name)
+            self.bad(*self.tiny, "--init", self.dir / name, says=name)
+            self.assertFalse(marker.exists())
+            torch.load(self.dir / name, weights_only=False)
+            marker.rmdir()  # it would have been made
+        for content in (b"", b"cos\nmkdir\n(S'marker'\ntR.", (self.dir / name).read_bytes()[:5000]):
+            (self.dir / name).write_bytes(content)
+            self.bad(*self.tiny, "--init", self.dir / name, says=name)
+
+    def test_official_download(self):
+        """--init with an official name: from the published address, unless its hash differs."""
+        w, asked, get = random_weights(torchvision_shapes("regnet_x_400mf")), [], self.resnet.requests.get
+        torch.save(w, self.dir / "x")
+        body = (self.dir / "x").read_bytes()
+        server = Server(self, dict(body=body))
+
+        def redirected(url, **how):
+            asked.append(url)
+            return get(server.url, **how)
+
+        data = self.dir / "data"
+        flags = ["--init", "regnet_x_400mf", "--data_dir", data, "--steps", 1, "--out", self.dir / "o"]
+        with mock.patch.object(self.resnet.requests, "get", redirected):
+            status, _, err = run("resnet", *flags)
+            self.assertEqual(status, 2)
+            self.assertRegex(err.splitlines()[-1], r"\Aresnet\.py: .*sha256")
+            self.assertEqual([*data.iterdir()], [])
+            self.assertFalse((self.dir / "o").exists())
+            digits = hashlib.sha256(body).hexdigest()[:8]
+            with mock.patch.dict(self.resnet.OFFICIAL, regnet_x_400mf=digits), \
+                    contextlib.redirect_stderr(io.StringIO()) as err:
+                for _ in range(2):
+                    model = self.resnet.from_pretrained("regnet_x_400mf", data)
+        self.assertIn(f"of {len(body) / 1e6:.1f} MB", err.getvalue())
+        self.assertEqual(asked, [f"https://download.pytorch.org/models/regnet_x_400mf-{hash_}.pth"
+                                 for hash_ in ("62229a5f", digits)])
+        self.assertTrue(torch.equal(model.fc.weight, w["fc.weight"]))
+
+    def test_init(self):
+        """Fine-tuning: all but the last layer from a file, with ImageNet's statistics; --freeze trains that alone."""
+        w = random_weights(torchvision_shapes("regnet_x_400mf"))
+        path = self.dir / "regnet_x_400mf-62229a5f.pth"
+        torch.save(w, path)
+        model = self.resnet.load_network(self.config(init=str(path)), 10)
+        self.assertEqual((model.fc.weight.shape, model.settings["num_classes"]), ((10, 400), 10))
+        self.assertTrue(torch.equal(model.layer4[3].conv2.weight, w["trunk_output.block4.block4-3.f.b.0.weight"]))
+        self.assertEqual(model.stats, ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        a = self.train("a")
+        best = torch.load(a.out / "best.pt", weights_only=True)
+        b = self.train("b", "--init", a.out / "best.pt", "--freeze", "--lr", 0.05)
+        for name, value in b.ckpt["model"].items():  # statistics too
+            self.assertEqual(torch.equal(value, best["model"][name]), not name.startswith("fc"), name)
+        self.assertEqual(b.ckpt["step"], 12)
+
+    # data
+
+    def test_augment(self):
+        """Against np.pad, a crop and a flip, image by image, at every shift."""
+        images = self.images(5, 6)[:, :, :, :5]
+        shifts = [*itertools.product(range(-4, 5), range(-4, 5), (False, True))]
+        index = torch.arange(len(shifts)) * 3 % 5
+        dy, dx, mirror = (torch.tensor(column) for column in zip(*shifts))
+        got = self.resnet.augment(images, index, dy, dx, mirror)
+        for n, (y, x, flip) in enumerate(shifts):
+            padded = np.pad(images[index[n]].numpy(), ((0, 0), (4, 4), (4, 4)), mode="reflect")
+            want = padded[:, 4 + y:10 + y, 4 + x:9 + x]
+            self.assertTrue(np.array_equal(got[n].numpy(), want[:, :, ::-1] if flip else want), (y, x, flip))
+        self.assertTrue(got.is_contiguous(memory_format=torch.channels_last))
+        zero = torch.zeros(5, dtype=torch.long)
+        self.assertTrue(torch.equal(self.resnet.augment(images, torch.arange(5), zero, zero, zero > 0), images))
+        large = self.images(1, 32)
+        far = torch.tensor([31])
+        want = np.pad(large[0].numpy(), ((0, 0), (31, 31), (31, 31)), mode="reflect")[:, 62:, :32]
+        got = self.resnet.augment(large, torch.tensor([0]), far, -far, far < 0)
+        self.assertTrue(np.array_equal(got[0].numpy(), want))
+
+    def batch(self, n, step, slot=0, slots=1, **more):
+        """A batch from n images whose pixels tell their column, their row and their number."""
+        x = torch.arange(32, dtype=torch.uint8)
+        images = torch.stack(torch.broadcast_tensors(x, x[:, None], torch.zeros(n, 32, 32, dtype=torch.uint8)), 1)
+        images[:, 2] = torch.arange(n)[:, None, None]
+        x, y = self.resnet.training_batch(self.config(**more), images, torch.arange(n), step, slot, slots)
+        self.assertTrue(torch.equal(x[:, 2, 0, 0].long(), y))  # an image's label is its own
+        mirror = x[:, 0, 16, 16].int() > x[:, 0, 16, 17].int()
+        x = torch.where(mirror[:, None, None, None], x.flip(-1), x)
+        return SimpleNamespace(y=y.tolist(), mirror=mirror.tolist(), dx=(x[:, 0, 16, 16].int() - 16).tolist(),
+                               dy=(x[:, 1, 16, 16].int() - 16).tolist())
+
+    def test_batches(self):
+        """What is in a batch depends on seed, step and slot alone; slots share a step's images; an epoch has each
+        image once, in an order of its own."""
+        a = self.batch(48, 7, 1, 2)
+        np.random.seed(9)
+        torch.manual_seed(9)
+        self.assertEqual(a, self.batch(48, 7, 1, 2))
+        for other in (self.batch(48, 7, 0, 2), self.batch(48, 8, 1, 2), self.batch(48, 7, 1, 2, seed=1)):
+            self.assertNotEqual(a.y, other.y)
+            self.assertNotEqual((a.dx, a.mirror), (other.dx, other.mirror))
+        for step in range(6):
+            slots = [self.batch(48, step, slot, 2).y for slot in range(2)]
+            self.assertEqual(sum(slots, []), self.batch(48, step, batch_size=16).y)
+        epochs = [sum((self.batch(48, 3 * e + s, batch_size=16).y for s in range(3)), []) for e in range(3)]
+        for epoch in epochs:
+            self.assertEqual(sorted(epoch), list(range(48)))
+        self.assertNotEqual(epochs[0], epochs[1])
+        short = sum((self.batch(50, s, batch_size=16).y for s in range(3)), [])
+        self.assertEqual(len(set(short)), 48)  # what is left over waits for the next epoch's order
+        small = self.batch(5, 0, batch_size=16)  # fewer images than a batch: over and over
+        self.assertEqual({small.y.count(k) for k in range(5)}, {3, 4})
+        two = sum((self.batch(5, 0, slot, 2).y for slot in range(2)), [])
+        self.assertEqual(two, small.y)
+
+    def test_shifts_and_mirrors(self):
+        seen = [self.batch(64, step, batch_size=64, crop=3) for step in range(20)]
+        for name in ("dy", "dx"):
+            counts = collections.Counter(sum((getattr(b, name) for b in seen), []))
+            self.assertEqual(sorted(counts), list(range(-3, 4)))
+            for count in counts.values():
+                self.assertAlmostEqual(count / 1280, 1 / 7, delta=5 * (6 / 49 / 1280) ** 0.5)
+        self.assertEqual(len({pair for b in seen for pair in zip(b.dy, b.dx)}), 49)
+        mirrored = sum(sum(b.mirror) for b in seen) / 1280
+        self.assertAlmostEqual(mirrored, 0.5, delta=5 * 0.5 / 1280**0.5)
+        none = self.batch(64, 3, batch_size=64, crop=0, flip="none")
+        self.assertEqual((set(none.mirror), set(none.dy), set(none.dx)), ({False}, {0}, {0}))
+        by_image = collections.defaultdict(list)
+        for step in range(12):  # three epochs of four steps
+            b = self.batch(64, step, batch_size=16, flip="alternate")
+            for y, mirror in zip(b.y, b.mirror):
+                by_image[y].append(mirror)
+        self.assertEqual({tuple(row) for row in by_image.values()}, {(True, False, True), (False, True, False)})
+        self.assertTrue(16 < sum(row[0] for row in by_image.values()) < 48)  # not all of them at once
+
+    def test_shapes(self):
+        """Ten classes of equal size, drawn from the seed; a linear classifier can't tell them apart."""
+        x, y = self.draw(103, 5)
+        self.assertEqual((x.shape, x.dtype, y.shape, y.dtype), ((103, 3, 32, 32), torch.uint8, (103,), torch.int64))
+        self.assertEqual(torch.bincount(y).tolist(), [11] * 3 + [10] * 7)
+        self.assertNotEqual(y.tolist(), sorted(y.tolist()))
+        torch.manual_seed(99)
+        self.same([x, y], list(self.draw(103, 5)))
+        self.assertFalse(torch.equal(x, self.draw(103, 6)[0]))
+        self.assertEqual(len(x.flatten(1).unique(dim=0)), 103)
+        x, y = self.draw(5000, 1)
+        test_x, test_y = self.draw(1000, 3)
+        best = 0
+        a, b = (torch.cat((t.flatten(1) / 255 - 0.5, torch.ones(len(t), 1)), 1) for t in (x, test_x))
+        gram, right = a.T @ a, a.T @ F.one_hot(y, 10).float()
+        for ridge in (10, 1000):
+            weights = torch.linalg.solve(gram + ridge * torch.eye(len(gram)), right)
+            best = max(best, ((b @ weights).argmax(1) == test_y).double().mean().item())
+        self.assertTrue(0.1 < best < 0.35, best)
+
+    def test_split(self):
+        """The last 5,000 training images are for validation; --labels takes the first of each class, the same
+        fraction; --full_train everything."""
+        y = torch.arange(5400) * 7 % 10
+        x = torch.arange(5400)[:, None, None, None].repeat(1, 3, 1, 1)
+        with mock.patch.object(self.resnet, "load_cifar10", lambda root: (x, y, x[:20], y[:20])), \
+                mock.patch.object(self.resnet, "fetch_cifar10", lambda root: None):
+            for labels, full, train in ((1, False, range(400)), (1, True, range(5400)), (0.2, False, range(80)),
+                                        (0.001, False, range(10)), (0.5, True, range(2700))):
+                c = self.config(data="cifar10", labels=labels, full_train=full)
+                got, val, test, classes = self.resnet.load_images(c)
+                self.assertEqual(sorted(got[0][:, 0, 0, 0].tolist()), list(train))
+                self.assertTrue(torch.equal(got[1], y[got[0][:, 0, 0, 0]]))
+                self.assertEqual((val[0][:, 0, 0, 0].tolist(), len(test[0])), (list(range(400, 5400)), 20))
+        self.assertEqual(classes, "airplane automobile bird cat deer dog frog horse ship truck".split())
+        train, val, test, classes = self.resnet.load_images(self.config(labels=0.5))
+        self.assertEqual([len(t[0]) for t in (train, val, test)], [120, 60, 60])
+        self.assertEqual(torch.bincount(train[1]).tolist(), [12] * 10)
+
+    def cifar(self, n, seed=0, pixels=True):
+        """{name: bytes} of files as CIFAR-10's: records of a label and 3,072 pixels."""
+        rng, files = np.random.default_rng(seed), {"batches.meta.txt": b"airplane\n"}
+        for name in ("test_batch.bin", *(f"data_batch_{i}.bin" for i in range(1, 6))):
+            record = rng.integers(0, 256 if pixels else 1, (n, 3073), dtype=np.uint8)
+            record[:, 0] = rng.integers(0, 10, n)
+            files[name] = record.tobytes()
+        return files
+
+    def write(self, files, root):
+        (root / "cifar-10-batches-bin").mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            (root / "cifar-10-batches-bin" / name).write_bytes(content)
+        return root
+
+    def test_cifar10(self):
+        """Labels and pixels where the format has them: red, green, blue, row by row; the files in their order."""
+        files = self.cifar(3)
+        train_x, train_y, test_x, test_y = self.resnet.load_cifar10(self.write(files, self.dir))
+        self.assertEqual((train_x.shape, train_x.dtype, train_y.dtype), ((15, 3, 32, 32), torch.uint8, torch.int64))
+        self.assertEqual((test_x.shape, test_y.shape), ((3, 3, 32, 32), (3,)))
+        for x, y, names in ((test_x, test_y, ["test_batch.bin"]),
+                            (train_x, train_y, [f"data_batch_{i}.bin" for i in range(1, 6)])):
+            raw = b"".join(files[name] for name in names)
+            for n in range(len(x)):
+                self.assertEqual(y[n].item(), raw[3073 * n])
+                for channel, row, column in itertools.product(range(3), (0, 5, 31), (0, 7, 31)):
+                    self.assertEqual(x[n, channel, row, column].item(),
+                                     raw[3073 * n + 1 + 1024 * channel + 32 * row + column])
+
+    def test_bad_cifar10(self):
+        """Wrong files: a line that names them. 15 images to train on: fewer than go to validation."""
+        good = self.cifar(3)
+        flags = [*self.tiny, "--data", self.dir / "c"]
+        label = bytearray(good["data_batch_4.bin"])
+        label[3073] = 10
+        for name, content in (("data_batch_2.bin", good["data_batch_2.bin"][:-1]), ("test_batch.bin", b""),
+                              ("data_batch_4.bin", bytes(label))):
+            self.write(good | {name: content}, self.dir / "c")
+            self.bad(*flags, says=name)
+        self.write(good, self.dir / "c")
+        self.bad(*flags, says=("15", "5,000"))
+        (self.dir / "c/cifar-10-batches-bin/test_batch.bin").unlink()
+        self.bad(*flags, says="test_batch.bin")
+        self.bad(*self.tiny, "--data", self.dir / "nowhere", says="nowhere")
+
+    def archive(self, files):
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+            for name, content in files.items():
+                info = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+        return buffer.getvalue()
+
+    def cifar_run(self, server, body, *flags):
+        """A run on what the server has: status, and what stderr says; everything is in the folder data or o."""
+        with mock.patch.multiple(self.resnet, CIFAR10=server.url, CIFAR10_MD5=f"md5:{hashlib.md5(body).hexdigest()}"):
+            status, out, err = run("resnet", *self.tiny, "--steps", 1, "--image_size", 16, "--data", "cifar10",
+                                   "--data_dir", self.dir / "data", "--out", self.dir / "o", *flags)
+        self.assertNotIn("Traceback", err + out)
+        self.assertLessEqual({p.name for p in self.dir.iterdir()}, {"data", "o"})
+        if status:
+            self.assertEqual(status, 2, err)
+            self.assertRegex(err, r"resnet\.py: [^\n]*\n\Z")
+            self.assertFalse((self.dir / "o").exists())
+        return status, err
+
+    def test_fetch(self):
+        """Broken, then whole: it trains, and asks no more. Progress goes to stderr."""
+        files = self.cifar(1001, pixels=False)
+        body = self.archive(files)
+        server = Server(self, dict(body=body, cut=len(body) // 2), dict(body=body))
+        status, err = self.cifar_run(server, body)
+        self.assertEqual(status, 2)
+        self.assertIn("run again", err)
+        for _ in range(2):
+            status, err = self.cifar_run(server, body)
+            self.assertEqual(status, 0, err)
+            self.assertEqual("MB" in err, len(server.asked) == 2 and _ == 0)
+        self.assertEqual(len(server.asked), 2)
+        folder_ = self.dir / "data/cifar-10-batches-bin"
+        self.assertEqual({p.name: p.read_bytes() for p in folder_.iterdir()}, files)
+        self.assertEqual(self.look(self.dir / "o").rows[-1]["classes"].keys(), {*self.resnet.CIFAR10_CLASSES})
+        (folder_ / "data_batch_5.bin").unlink()  # unpacked again, without a download
+        self.assertEqual(self.cifar_run(server, body)[0], 0)
+        self.assertEqual((len(server.asked), len([*folder_.iterdir()])), (2, 7))
+
+    def test_bad_archives(self):
+        files = self.cifar(2)
+        body = self.archive(files)
+        self.assertIn("md5", self.cifar_run(Server(self, dict(body=body)), b"other")[1].splitlines()[-1])
+        self.assertEqual([*(self.dir / "data").iterdir()], [])
+        few = self.archive({"test_batch.bin": files["test_batch.bin"]})
+        for wrong in (body[:len(body) // 2], b"no archive", few):
+            err = self.cifar_run(Server(self, dict(body=wrong)), wrong)[1]
+            self.assertIn("cifar-10-binary.tar.gz", err.splitlines()[-1])
+            shutil.rmtree(self.dir / "data")
+        self.assertIn("404", self.cifar_run(Server(self, dict(body=b"", status=404)), body)[1])
+        with mock.patch("requests.get", side_effect=OSError("no\nnetwork")):
+            self.assertIn("no network", self.cifar_run(Server(self, dict(body=body)), body)[1])
+        outside = self.archive({**files, "../../evil": b"x"})  # what has another name stays in the archive
+        server = Server(self, dict(body=outside))
+        with mock.patch.multiple(self.resnet, CIFAR10=server.url, CIFAR10_MD5="md5:"), \
+                contextlib.redirect_stderr(io.StringIO()):
+            self.resnet.fetch_cifar10(self.dir / "data")
+        self.assertEqual({p.name for p in (self.dir / "data").rglob("*") if p.is_file()},
+                         {*files, "cifar-10-binary.tar.gz"})
+
+    # evaluation
+
+    def test_normalise(self):
+        x = self.images(2, 6)
+        mean, std = self.resnet.CIFAR10_STATS
+        want = torch.stack([(x[:, c].double() / 255 - mean[c]) / std[c] for c in range(3)], 1)
+        self.close(self.resnet.normalise(x, (mean, std)), want, 1e-6)
+        for size in (3, 12):
+            scaled = F.interpolate(want, (size, size), mode="bilinear")
+            self.close(self.resnet.normalise(x, (mean, std), size), scaled, 1e-6)
+
+    def test_views(self):
+        """Against mirrors and shifts by index: a pixel up-left and down-right, borders reflected."""
+        class Model(nn.Module):
+            stats = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+
+            def forward(self, x):
+                return torch.tanh(x.flatten(1) @ w / 8)
+
+        images, w = self.images(501, 6)[..., :5], torch.randn(90, 4)
+        mean, std = (torch.tensor(s).view(3, 1, 1) for s in Model.stats)
+        x = (images / 255 - mean) / std
+
+        def moved(d):
+            rows, columns = ([n - 1 - abs(n - 1 - abs(i + d)) for i in range(n)] for n in (6, 5))
+            return x[:, :, rows][:, :, :, columns]
+
+        views = [v for still in (x, moved(1), moved(-1)) for v in (still, still.flip(3))]
+        want = torch.stack([torch.tanh(v.flatten(1) @ w / 8) for v in views])
+        for views in (1, 2, 6):
+            got = self.resnet.predict(Model(), images, self.config(), contextlib.nullcontext(), views=views)
+            self.close(got, want[:views], 1e-5)
+
+    def small(self, **more):
+        """A model with random weights that are not its first ones, and 510 images: more than one part. 8 channels:
+        torch 2.13's 1×1 convolution with stride 2 writes where it must not, with fewer and channels-last on a CPU."""
+        stages = (self.resnet.BasicBlock, 8, 1, 1), (self.resnet.BasicBlock, 12, 1, 2)
+        model = self.network(*stages, stem_width=8, **more)
+        self.randomised(model)
+        return model.float(), self.images(510), torch.arange(510) % 5
+
+    def test_evaluate(self):
+        """Loss and accuracy, image by image, in evaluation; and of sums over the views, of each class."""
+        model, images, labels = self.small()
+        c, null, out = self.config(), contextlib.nullcontext(), io.StringIO()
+        scores = self.resnet.evaluate(model.train(), images, labels, c, null)
+        with contextlib.redirect_stdout(out):
+            tested = self.resnet.test_scores(model.train(), images, labels, "abcde", c, null)
+        losses, hits = [], collections.defaultdict(list)
+        views = self.resnet.predict(model, images, c, null, views=6).double()  # see test_views
+        for n, label in enumerate(labels.tolist()):
+            x = self.resnet.normalise(images[n:n + 1], self.resnet.CIFAR10_STATS)
+            logits = model.eval()(x)[0].double()
+            losses.append(-logits.softmax(0)[label].log().item())
+            v = views[:, n]
+            for name, sums in (("test_accuracy", logits), ("test_accuracy_mirror", v[0] + v[1]),
+                               ("test_accuracy_six_views", (v[0] + v[1]) / 2 + (v[2] + v[3] + v[4] + v[5]) / 4)):
+                hits[name].append(float(sums.argmax() == label))
+            hits["abcde"[label]].append(hits["test_accuracy"][-1])
+        self.assertAlmostEqual(scores["val_loss"] / statistics.mean(losses), 1, delta=1e-5)
+        self.assertAlmostEqual(scores["val_accuracy"], statistics.mean(hits["test_accuracy"]), places=9)
+        classes = tested.pop("classes")
+        self.assertGreater(len(set(tested.values())), 1)  # the views differ
+        for name, value in (tested | classes).items():
+            self.assertAlmostEqual(value, statistics.mean(hits[name]), delta=1e-4)
+            self.assertIn(f"{value:.3f}", out.getvalue())
+
+    def test_save_logits(self):
+        """The best network's logits of all training images, in order, and of their mirrors; its test accuracy."""
+        path = self.dir / "l.npy"
+        a = self.train("a", "--ema", 0.5, "--labels", 0.5, "--save_logits", path)
+        first = np.load(path)
+        self.assertEqual((first.shape, first.dtype), ((300, 2, 10), np.float32))
+        best = torch.load(a.out / "best.pt", weights_only=True)
+        model = self.resnet.make_model(**best["model_config"])
+        model.load_state_dict(best["ema"])
+        images = torch.cat([self.draw(n, seed)[0] for n, seed in ((240, 1), (60, 2))])
+        x = self.resnet.normalise(images, self.resnet.CIFAR10_STATS)
+        test, labels = self.draw(60, 3)
+        with torch.no_grad():
+            self.close(first[:, 0], model.eval()(x), 1e-5)
+            self.close(first[:, 1], model(x.flip(3)), 1e-5)
+            right = model(self.resnet.normalise(test, self.resnet.CIFAR10_STATS)).argmax(1) == labels
+        self.assertEqual(a.rows[-1]["test_accuracy"], right.double().mean().item())
+        path.unlink()
+        b = self.train("a", "--resume", "--save_logits", path, tiny=False)  # later, from the folder
+        self.assertTrue(np.array_equal(np.load(path), first))
+        self.assertEqual(b.rows[-1]["test_accuracy_six_views"], a.rows[-1]["test_accuracy_six_views"])
+
+    # optimiser
+
+    def test_groups(self):
+        """Each parameter that is trained is in one group: decay on weights alone, its share of the rate, or none."""
+        model = self.network((self.resnet.BasicBlock, 4, 1, 1), (self.resnet.BasicBlock, 6, 1, 2))
+        names = {id(p): name for name, p in model.named_parameters()}
+        for backbone, freeze in ((1.0, False), (0.1, False), (1.0, True)):
+            c = self.config(lr=0.5, backbone_lr=backbone, freeze=freeze, weight_decay=0.01)
+            [optimizer] = self.resnet.sgd_or_muon(copy.deepcopy(model) if freeze else model, c)
+            if freeze:
+                shapes = [[tuple(p.shape) for p in g["params"]] for g in optimizer.param_groups]
+                self.assertEqual(sorted(shapes), [[(5,)], [(5, 6)]])
+                continue
+            groups = [(names[id(p)], p, g) for g in optimizer.param_groups for p in g["params"]]
+            self.assertEqual(sorted(name for name, *_ in groups), sorted(names.values()))
+            for name, p, group in groups:
+                self.assertEqual(group["weight_decay"], 0.01 if p.dim() > 1 else 0, name)
+                self.assertAlmostEqual(group["peak"], 0.5 if name.startswith("fc") else 0.5 * backbone)
+                self.assertEqual((group["momentum"], group["nesterov"]), (0.9, True))
+
+    def fast_model(self):
+        model = self.resnet.ARCHS["fast"]()
+        model.whiten_stem(self.resnet.normalise(self.draw(64, 0)[0], self.resnet.CIFAR10_STATS))
+        return model
+
+    def test_muon_groups(self):
+        """Filters of the blocks for Muon; norms' shifts, the head and the stem's bias for SGD; the rest is fixed."""
+        model = self.fast_model()
+        names = {id(p): name for name, p in model.named_parameters()}
+        muon, sgd = self.resnet.sgd_or_muon(model, self.config(arch="fast", optimizer="muon", lr=0.2))
+        groups = [[names[id(p)] for p in g["params"]] for g in muon.param_groups + sgd.param_groups]
+        fixed = [n for n in names.values() if n == "conv1.weight" or re.search(r"bn\d\.weight", n)]
+        self.assertEqual(sorted(sum(groups, fixed)), sorted(names.values()))
+        self.assertTrue(all(re.search(r"layer\d\.0\.conv\d\.weight", name) for name in groups[0]))
+        self.assertEqual((muon.param_groups[0]["peak"], muon.param_groups[0]["momentum"]), (0.2, 0.6))
+        for group, rate in zip(sgd.param_groups, (0.053, 0.67, 0.053)):  # [10], whose loss is a sum over 2,000 images
+            self.assertAlmostEqual(group["peak"], 2000 * rate)
+            self.assertAlmostEqual(group["peak"] * group["weight_decay"], 2e-6 * 2000)
+
+    def test_filter_muon(self):
+        """Against the polynomial on singular values, in fp64: filters of length 1 on average, an orthogonal step."""
+        g = torch.Generator().manual_seed(0)
+        p = nn.Parameter(torch.randn(8, 3, 3, 3, generator=g))
+        q, m = p.detach().double().clone(), torch.zeros(8, 3, 3, 3).double()
+        optimizer = self.resnet.FilterMuon([p], lr=0.3, momentum=0.6)
+        for _ in range(4):
+            p.grad = torch.randn(p.shape, generator=g)
+            m = 0.6 * m + p.grad.double()
+            x = (p.grad.double() + 0.6 * m).view(8, 27)
+            u, s, v = torch.linalg.svd(x, full_matrices=False)
+            s = s / s.square().sum().sqrt()
+            for _ in range(3):
+                s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+            q = q * 8**0.5 / q.square().sum().sqrt() - 0.3 * (u @ s.diag() @ v).view(q.shape)
+            optimizer.step()
+            self.close(p, q, 1e-4)
+
+    def step(self, c, model, images, labels, optimizers, step, ema=None):
+        """A step of training; the loss and accuracy that it returned."""
+        return self.resnet.train_step(model, model, ema, optimizers, contextlib.nullcontext(), (images, labels), c,
+                                      step, c.steps, 0, 1).tolist()
+
+    def test_step(self):
+        """A step from its equations: the batch's gradient, with smoothed targets, decay, and Nesterov's momentum."""
+        for accum in (1, 2):
+            model, images, labels = self.small(norm="layer")
+            c = self.config(grad_accum=accum, label_smoothing=0.2, weight_decay=0.01, lr=0.3)
+            slow = copy.deepcopy(model).double()
+            velocity = {k: torch.zeros_like(p) for k, p in slow.named_parameters()}
+            optimizers = self.resnet.sgd_or_muon(model, c)
+            for step in range(3):
+                returned = self.step(c, model, images, labels, optimizers, step)
+                x, y = (torch.cat(t) for t in zip(*(self.resnet.training_batch(c, images, labels, step, s, accum)
+                                                    for s in range(accum))))
+                log_p = slow(self.resnet.normalise(x, self.resnet.CIFAR10_STATS).double()).log_softmax(1)
+                loss = -(0.8 * log_p[torch.arange(len(y)), y] + 0.2 * log_p.mean(1)).mean()
+                self.assertAlmostEqual(returned[0], loss.item(), delta=1e-5)
+                self.assertAlmostEqual(returned[1], (log_p.argmax(1) == y).double().mean().item(), delta=1e-6)
+                rate = 0.3 * (step + 1) / 4  # warm-up
+                grads = torch.autograd.grad(loss, slow.parameters())
+                with torch.no_grad():
+                    for (k, p), g in zip(slow.named_parameters(), grads):
+                        g = g + 0.01 * p * (p.dim() > 1)
+                        velocity[k] = 0.9 * velocity[k] + g
+                        p -= rate * (g + 0.9 * velocity[k])
+            for (k, p), q in zip(model.named_parameters(), slow.parameters()):
+                self.close(p, q, 1e-4, k)
+
+    def test_schedules(self):
+        """The groups' rates at each step, cosine after a warm-up, or linear to 0, the stem's bias earlier."""
+        model, images, labels = self.small()
+        c = self.config(lr=0.3, warmup=3, steps=8, backbone_lr=0.5)
+        optimizers = self.resnet.sgd_or_muon(model, c)
+        for schedule, step in itertools.product(("cosine", "linear"), range(8)):
+            c.schedule = schedule
+            self.step(c, model, images, labels, optimizers, step)
+            warm = (step + 1) / 4 if step < 3 else (1 + math.cos(math.pi * (step - 3) / 5)) / 2
+            want = 0.3 * (warm if schedule == "cosine" else 1 - step / 8)
+            rates = {id(p): group["lr"] for group in optimizers[0].param_groups for p in group["params"]}
+            for name, p in model.named_parameters():
+                self.assertAlmostEqual(rates[id(p)], want if name.startswith("fc") else want / 2, msg=name)
+        model, c = self.fast_model(), self.config(arch="fast", optimizer="muon", steps=8, schedule="linear")
+        optimizers = self.resnet.sgd_or_muon(model, c)
+        for step in range(8):
+            self.step(c, model, *self.draw(40, 1), optimizers, step)
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+                share = 3 / 8 if group["params"][0] is model.conv1.bias else 1
+                self.assertAlmostEqual(group["lr"], group["peak"] * max(0, 1 - step / 8 / share))
+
+    def test_ema(self):
+        """Weights and statistics to the formula, the decay shorter at first; counters are copied."""
+        model, images, labels = self.small()
+        c, ema = self.config(ema=0.3), copy.deepcopy(model)
+        want = {k: t.double() for k, t in ema.state_dict().items()}
+        optimizers = self.resnet.sgd_or_muon(model, c)
+        for step in range(6):
+            self.step(c, model, images, labels, optimizers, step, ema)
+            decay = min(0.3, (step + 1) / (step + 10))
+            for k, t in model.state_dict().items():
+                want[k] = decay * want[k] + (1 - decay) * t.double() if t.is_floating_point() else t.double()
+        for k, t in ema.state_dict().items():
+            self.close(t, want[k], 1e-5, k)
+            if not k.endswith("tracked"):
+                self.assertFalse(torch.equal(t, model.state_dict()[k]), k)
+        self.assertEqual(ema.bn1.num_batches_tracked.item(), 6)
+
+    # runs
+
+    def test_overfits(self):
+        """64 images are learned by heart."""
+        def wider(num_classes=10, **more):
+            stages = [(self.resnet.BasicBlock, 32, 1, 2), (self.resnet.BasicBlock, 64, 1, 2)]
+            return self.resnet.ResNet(stages, num_classes, **{"shortcut": "A", **more})
+
+        with mock.patch.dict(self.resnet.ARCHS, resnet20=wider), \
+                mock.patch.object(self.resnet, "make_shapes", lambda n, seed: drawn(self.draw, 64, seed)):
+            a = self.train("a", "--steps", 90, "--eval_every", 90, "--log_every", 10, "--batch_size", 64, "--crop", 0,
+                           "--flip", "none")
+        accuracies = [row["train_accuracy"] for row in a.rows if "train_accuracy" in row]
+        self.assertLess(accuracies[0], 0.7)
+        self.assertEqual(accuracies[-1], 1.0)
+        self.assertLess(a.losses[90], 0.5)
+
+    def test_resume(self):
+        """12 steps are 6, stop, resume, 6 more: bit for bit, with all that is random or averaged."""
+        for kind in (["--ema", 0.5, "--drop_path", 0.4, "--drop_block", 0.3, "--label_smoothing", 0.1],
+                     ["--arch", "fast", "--optimizer", "muon", "--schedule", "linear", "--flip", "alternate"]):
+            with self.subTest(kind):
+                a = self.train("a", *kind)
+                b = self.train("b", *kind, "--stop_at", 6)
+                self.assertEqual((b.ckpt["step"], b.rows[-1]["step"]), (6, 6))
+                self.assertFalse(torch.equal(*(r.ckpt["model"]["fc.weight"] for r in (a, b))))
+                with open(b.out / "log.jsonl", "a") as file:  # what a killed run may have left
+                    file.write('{"step": 8, "loss": 9.0}\n{"step": 9, "lo')
+                b = self.train("b", "--resume", tiny=False)
+                self.same_run(a, b)
+                self.assertEqual(sum("final" in row for row in b.rows), 1)
+                self.same_run(a, self.train("b", "--resume", tiny=False))  # nothing is left to do
+                self.assertEqual(*({k: v for k, v in r.ckpt["config"].items() if k not in ("out", "resume")}
+                                   for r in (a, b)))
+                for run_ in (a, b):
+                    shutil.rmtree(run_.out)
+
+    def test_resume_with_flags(self):
+        """A flag given with --resume counts: the rate and the decay, which the optimizer's saved state has too."""
+        self.train("a", "--stop_at", 6)
+        b = self.train("a", "--resume", "--lr", 0.0008, "--weight_decay", 0.03, "--warmup", 0, "--log_every", 1,
+                       tiny=False)
+        [row] = [row for row in b.rows if row["step"] == 7 and "loss" in row]
+        self.assertAlmostEqual(row["lr"], 0.0004)  # step 6 of 12: half-way
+        decays = [group["weight_decay"] for group in b.ckpt["optimizer"][0]["param_groups"]]
+        self.assertEqual(sorted(decays), [0, 0, 0.03, 0.03])
+        muon = ["--arch", "fast", "--optimizer", "muon"]
+        self.train("c", *muon, "--stop_at", 6)
+        self.train("c", "--resume", "--optimizer", "muon", tiny=False)  # what the run has may be said again
+
+    def test_evaluation_changes_nothing(self):
+        runs = [self.train(f"e{every}", "--drop_path", 0.4, "--eval_every", every, "--log_every", log)
+                for every, log in ((3, 2), (12, 5))]
+        for key in ("model", "optimizer"):
+            self.same(*(run_.ckpt[key] for run_ in runs))
+        self.assertNotEqual(self.train("s", "--seed", 7).losses, self.train("t").losses)
+
+    def test_drop_path_seeds(self):
+        """On one batch, with a network as good as fixed, losses differ from step to step, and a second run's are the
+        same."""
+        batch, losses = self.resnet.training_batch, []
+        with mock.patch.object(self.resnet, "training_batch", lambda c, x, y, *_: batch(c, x, y, 0, 0, 1)):
+            for p, seed in ((0, 1), (0.6, 1), (0.6, 1)):
+                flags = ["--drop_path", p, "--seed", seed, "--lr", 1e-12, "--steps", 4, "--log_every", 1]
+                losses.append(self.train("a", *flags, "--norm", "layer").losses)
+        self.assertEqual([len({round(v, 6) for v in run_.values()}) for run_ in losses], [1, 4, 4])
+        self.assertEqual(losses[1], losses[2])
+
+    def test_best(self):
+        """best.pt is the checkpoint with the best validation accuracy; with --full_train there is none: the last."""
+        a = self.train("a", "--eval_every", 3, "--lr", 0.5, "--ema", 0.2)
+        accuracies = {row["step"]: row["val_accuracy"] for row in a.rows if "val_accuracy" in row}
+        self.assertEqual(list(accuracies), [0, 3, 6, 9, 12])
+        best = torch.load(a.out / "best.pt", weights_only=True)
+        step = max(accuracies, key=accuracies.get)
+        self.assertEqual((best["step"], best["best"]), (step, accuracies[step]))
+        model = self.resnet.make_model(**best["model_config"])
+        model.load_state_dict(best["ema"])  # the average is what counts
+        x, y = self.draw(60, 2)
+        with torch.no_grad():
+            logits = model.eval()(self.resnet.normalise(x, self.resnet.CIFAR10_STATS))
+        self.assertEqual((logits.argmax(1) == y).double().mean().item(), best["best"])
+        b = self.train("b", "--full_train")
+        self.assertFalse([row for row in b.rows if "val_accuracy" in row])
+        self.assertIn("300 images", b.text)
+        self.assertEqual(torch.load(b.out / "best.pt", weights_only=True)["step"], 12)
+
+    def test_torchrun(self):
+        """Two processes update as one does with twice the accumulation; the checkpoint's names are plain."""
+        (self.dir / "two.py").write_text("import sys\nimport tests\nwith tests.small_resnet():\n    import resnet\n"
+                                         "    sys.exit(resnet.main(sys.argv[1:]))\n")
+        flags = [*self.tiny, "--steps", 6, "--norm", "layer", "--ema", 0.5]
+        done = child("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", self.dir / "two.py", *flags,
+                     "--out", self.dir / "two", cwd=self.dir)
+        self.assertEqual(done.returncode, 0, done.stderr[-2000:])
+        one, two = self.train("one", *flags, "--grad_accum", 2), self.look(self.dir / "two")
+        for key in ("model", "ema"):
+            self.assertEqual(list(one.ckpt[key]), list(two.ckpt[key]))
+            for name, p in one.ckpt[key].items():
+                self.assertLess((p - two.ckpt[key][name]).abs().max().item(), 2e-6, name)
+        for step, loss in one.losses.items():
+            self.assertAlmostEqual(loss, two.losses[step], delta=1e-5)
+        self.assertEqual(done.stdout.count("step 6/6 | loss"), 1)  # one process speaks
+
+    def test_ctrl_c(self):
+        """Between two steps: a checkpoint, how to go on, status 130; and the run goes on bit for bit."""
+        a, batch, calls = self.train("a", "--drop_path", 0.4), self.resnet.training_batch, []
+
+        def interrupted(*args):
+            calls.append(1)
+            if len(calls) == 4:
+                signal.raise_signal(signal.SIGINT)
+            return batch(*args)
+
+        handler = signal.getsignal(signal.SIGINT)
+        with mock.patch.object(self.resnet, "training_batch", interrupted):
+            b = self.train("b", "--drop_path", 0.4, status=130)
+        self.assertIs(signal.getsignal(signal.SIGINT), handler)
+        self.assertEqual((b.ckpt["step"], len(calls)), (4, 4))
+        command = re.search(r"python resnet\.py (.*--resume.*)", b.text)[1]
+        self.assertEqual(run("resnet", *shlex.split(command))[0], 0)
+        b = self.look(b.out)
+        for key in ("model", "optimizer", "best"):
+            self.same(a.ckpt[key], b.ckpt[key], key)
+        self.assertEqual(a.val, b.val)
+
+    def test_not_finite(self):
+        """The run stops with status 1, names the step, keeps the last good checkpoint, and gives Ctrl-C back."""
+        handler = signal.getsignal(signal.SIGINT)
+        for every in (100, 1):  # with an evaluation between, too
+            out = self.dir / str(every)
+            status, text, err = run("resnet", *self.tiny, "--out", out, "--norm", "none", "--lr", 9e18, "--warmup", 0,
+                                    "--log_every", 1, "--eval_every", every)
+            self.assertEqual(status, 1, err)
+            self.assertRegex(err, r"\Aresnet\.py: [^\n]*(nan|inf)[^\n]* step 1\b[^\n]*\n\Z")
+            saved = torch.load(out / "ckpt.pt", weights_only=True)
+            self.assertEqual(saved["step"], 0)
+            self.assertLess(max(p.abs().max().item() for p in saved["model"].values()), 10)
+        self.assertIs(signal.getsignal(signal.SIGINT), handler)
+
+    def test_muon_run(self):
+        """airbench's recipe at a small size learns, and leaves the stem's filters and norms' scales as they were."""
+        a = self.train("a", "--arch", "fast", "--optimizer", "muon", "--schedule", "linear", "--steps", 30,
+                       "--eval_every", 30, "--batch_size", 48, "--flip", "alternate", "--label_smoothing", 0.2)
+        last = a.ckpt["model"]
+        filters = last["conv1.weight"]
+        self.assertTrue(torch.equal(filters[12:], -filters[:12]))
+        expected = self.resnet.ARCHS["fast"]()
+        expected.whiten_stem(self.resnet.normalise(self.draw(240, 1)[0], self.resnet.CIFAR10_STATS))
+        self.assertTrue(torch.equal(filters, expected.conv1.weight))
+        self.assertTrue(all((t == 1).all() for k, t in last.items() if re.search(r"bn\d\.weight", k)))
+        self.assertLess(a.losses[30], 0.95 * a.losses[3])
+
+    # why the shortcut works
+
+    def polylines(self, path):
+        lines = [e for e in xml.etree.ElementTree.parse(path).iter() if e.tag.endswith("polyline")]
+        return [len(e.get("points").split()) for e in lines]
+
+    def test_figure6(self):
+        """Four runs in folders of their own, two charts; one that was stopped goes on where it was."""
+        flags = [*self.tiny, "--figure6", "--steps", 4, "--eval_every", 2, "--log_every", 2, "--out", self.dir / "o"]
+        batch, calls = self.resnet.training_batch, []
+
+        def interrupted(*args):
+            calls.append(1)
+            if len(calls) == 7:  # in the second run
+                signal.raise_signal(signal.SIGINT)
+            return batch(*args)
+
+        with mock.patch.object(self.resnet, "training_batch", interrupted):
+            self.assertEqual(run("resnet", *flags)[0], 130)
+            status, out, err = run("resnet", *flags)
+        self.assertEqual((status, len(calls)), (0, 16), err)
+        for name in ("plain20", "plain56", "resnet20", "resnet56"):
+            config = self.look(self.dir / "o/figure6" / name).ckpt["config"]
+            self.assertEqual((config["arch"][-2:], config["plain"]), (name[-2:], name.startswith("plain")))
+        self.assertEqual(self.polylines(self.dir / "o/figure6_train.svg"), [2, 3, 2, 2])  # one more where it stopped
+        self.assertEqual(self.polylines(self.dir / "o/figure6_val.svg"), [3] * 4)
+
+    def test_loss_surface(self):
+        """The centre is the plain loss; each filter of a direction is as long as the model's, norms and biases stay;
+        a corner computed from the model's copies; the model is as it was."""
+        model, images, labels = self.small()
+        images, labels, c, null = images[:40], labels[:40], self.config(), contextlib.nullcontext()
+        start, evaluate, seen = copy.deepcopy(model.state_dict()), self.resnet.evaluate, []
+
+        def watched(model, *args, **more):
+            seen.append({k: p.detach().double().clone() for k, p in model.named_parameters()})
+            return evaluate(model, *args, **more)
+
+        with mock.patch.object(self.resnet, "evaluate", watched):
+            surface = self.resnet.loss_surface(model, images, labels, 3, 7, c, null)
+        self.same(dict(model.state_dict()), dict(start))
+        centre = evaluate(model, images, labels, c, null)["val_loss"]
+        self.assertAlmostEqual(surface[1, 1].item(), centre, places=5)
+        points = {(b, a): seen[3 * i + j] for i, b in enumerate((1, 0, -1)) for j, a in enumerate((-1, 0, 1))}
+        for name, p in model.named_parameters():
+            p = p.detach().double()
+            delta, eta = (points[at][name] - p for at in ((0, 1), (1, 0)))
+            if p.dim() == 1:
+                self.assertTrue((delta == 0).all() and (eta == 0).all(), name)
+                continue
+            for d in (delta, eta):
+                self.close(d.flatten(1).norm(dim=1), p.flatten(1).norm(dim=1), 1e-5, name)
+            self.assertLess(F.cosine_similarity(delta.flatten(), eta.flatten(), 0).abs(), 5 / p.numel() ** 0.5, name)
+            for (b, a), point in points.items():
+                self.close(point[name], p + a * delta + b * eta, 1e-5, name)
+        corner = copy.deepcopy(model).double().eval()
+        for name, p in corner.named_parameters():
+            p.data = points[1, 1][name]
+        log_p = corner(self.resnet.normalise(images, self.resnet.CIFAR10_STATS).double()).log_softmax(1)
+        self.assertAlmostEqual(surface[0, 2].item() / -log_p[torch.arange(40), labels].mean().item(), 1, delta=1e-4)
+        other = self.resnet.loss_surface(model, images, labels, 3, 1, c, null)
+        self.assertNotEqual(other[0, 0], surface[0, 0])
+        self.same(surface, self.resnet.loss_surface(model, images, labels, 3, 7, c, null))
+
+    def test_contours(self):
+        """Of the distance from the middle: closed circles of the levels' radii, in each panel; NaN is a high wall."""
+        t = torch.linspace(-1, 1, 41)
+        z = (t[:, None] ** 2 + t**2).sqrt()
+        broken = torch.where(z > 0.7, math.nan, z)
+        panels = {"one": z, "two": broken, "flat": torch.zeros(41, 41)}
+        self.resnet.contour_svg(self.dir / "c.svg", panels, [0.3, 0.6])
+        svg = xml.etree.ElementTree.parse(self.dir / "c.svg")
+        paths = [e.get("d") for e in svg.iter() if e.tag.endswith("path")]
+        self.assertEqual(len(paths), 6)
+        self.assertEqual(paths[4:], ["", ""])
+        boxes = [float(e.get("x")) for e in svg.iter() if e.tag.endswith("rect") and e.get("height") == "310"]
+        self.assertEqual(len(boxes), 3)
+        for n, (box, level) in enumerate(itertools.product(boxes[:2], (0.3, 0.6))):
+            points = re.findall(r"[ML]([\d.]+) ([\d.]+)", paths[n])
+            self.assertGreater(len(points), 40)
+            self.assertFalse([p for p, count in collections.Counter(points).items() if count % 2], "loose ends")
+            for x, y in points:
+                radius = math.hypot(float(x) - box - 155, float(y) - 30 - 155) / 155
+                self.assertAlmostEqual(radius, level, delta=0.005)
+        text = [e.text for e in svg.iter() if e.tag.endswith("text")]
+        self.assertEqual(text, ["one", "two", "flat", "loss", "0.3", "0.6"])
+
+    def test_landscape(self):
+        """Two checkpoints, two panels; the surfaces' middle is the loss of the first training images."""
+        a, b = self.train("a"), self.train("b", "--plain", "--steps", 2)
+        paths = [a.out / "ckpt.pt", b.out / "ckpt.pt"]
+        flags = ["--grid", 3, "--out", self.dir / "o", "--dtype", "float32"]
+        status, out, err = run("resnet", "--landscape", ",".join(map(str, paths)), *flags)
+        self.assertEqual((status, err), (0, ""))
+        self.assertEqual({p.name for p in (self.dir / "o").iterdir()}, {"landscape.svg", "landscape.json"})
+        surfaces = json.loads((self.dir / "o/landscape.json").read_text())
+        self.assertEqual(list(surfaces), ["a", "b"])
+        svg = xml.etree.ElementTree.parse(self.dir / "o/landscape.svg")
+        self.assertEqual(sum(e.tag.endswith("path") for e in svg.iter()), 2 * 19)
+        x, y = self.draw(240, 1)
+        for name, run_ in (("a", a), ("b", b)):
+            model = self.resnet.make_model(**run_.ckpt["model_config"])
+            model.load_state_dict(run_.ckpt["model"])
+            with torch.no_grad():
+                logits = model.eval()(self.resnet.normalise(x, self.resnet.CIFAR10_STATS))
+            self.assertAlmostEqual(surfaces[name][1][1], F.cross_entropy(logits, y).item(), places=4)
+
+    # bad input
+
+    def test_bad_flags(self):
+        for flags in """--arch resnet21, --arch=, --lr nan, --lr 0, --lr -1, --lr inf, --lr fast, --labels 0,
+                --labels 2, --labels nan, --drop_path 1, --drop_path -0.1, --drop_block 1, --drop_block nan,
+                --label_smoothing 1.1, --ema 1, --ema -1, --backbone_lr 0, --backbone_lr 1.5, --crop -1, --crop 32,
+                --crop 1.5, --image_size -1, --image_size 2000, --flip always, --norm group, --weight_init zero,
+                --optimizer adam, --schedule step, --dtype int8, --dtype float16, --device nowhere, --warmup -1,
+                --weight_decay -0.1, --weight_decay inf, --batch_size 0, --grad_accum 0, --epochs 0, --epochs -1,
+                --epochs nan, --epochs inf, --steps 0, --steps 1.5, --steps -3, --stop_at 0, --eval_every 0,
+                --log_every 0, --seed -1, --grid 0, --no_such_flag 1, --stp 5, --step 5, --steps, stray, --data=,
+                --data nowhere, --init=, --resume, --resume --init x.pt, --init nowhere.pt, --init resnet19,
+                --init nowhere/resnet18-f37072fd.pth, --optimizer muon, --optimizer muon --arch fast --freeze,
+                --optimizer muon --arch fast --norm layer, --optimizer muon --arch fast --backbone_lr 0.5,
+                --arch fast --weight_init xavier, --plain --drop_path 0.1, --batch_size 1, --image_size 15,
+                --figure6 --full_train, --figure6 --save_logits x.npy, --figure6 --arch resnet32,
+                --figure6 --plain, --grid 1, --grid 4, --save_logits x.txt,
+                --save_logits x, --save_logits none/x.npy, --landscape nowhere.pt, --landscape=""".split(","):
+            self.bad(*self.tiny, *flags.split())
+        self.bad("--lr", "nan", says=("--lr", "nan"))
+        self.bad("--arch", "resnet21", says=("resnet21", "resnet20", "wrn28-10"))
+        with mock.patch.dict(os.environ, WORLD_SIZE="2"):
+            self.bad("--figure6", says="torchrun")
+        self.bad("--resume", "--out", self.dir / "none", says="ckpt.pt")
+        (self.dir / "text.txt").write_text("hello")
+        self.bad(*self.tiny, "--out", self.dir / "text.txt", says="text.txt", status=1)
+        self.bad(*self.tiny, "--init", self.dir / "text.txt", says="text.txt")
+        self.bad("--data", self.dir / "nowhere", "--lr", "nan", says="--lr")  # flags come before data
+
+    def test_bad_checkpoints(self):
+        a = self.train("a", "--steps", 2)
+        good, saved = (a.out / "best.pt").read_bytes(), torch.load(a.out / "best.pt", weights_only=True)
+
+        def checkpoint(name, content):
+            torch.save(content, self.dir / name)
+            return self.dir / name
+
+        foreign = [checkpoint("list.pt", [1, 2]), checkpoint("tensor.pt", torch.zeros(3)),
+                   checkpoint("object.pt", Evil(self.dir / "marker"))]
+        foreign += [checkpoint(f"no_{key}.pt", {k: v for k, v in saved.items() if k != key})
+                    for key in ("model", "config", "step", "model_config")]
+        config = saved["model_config"]
+        foreign += [checkpoint("more.pt", saved | dict(model_config=config | dict(pool="cls"))),
+                    checkpoint("arch.pt", saved | dict(model_config=config | dict(arch="vgg"))),
+                    checkpoint("shape.pt", saved | dict(model=saved["model"] | {"fc.bias": torch.ones(31)})),
+                    checkpoint("names.pt", saved | dict(model={"cls_token": torch.ones(1)}))]
+        for name, content in (("cut.pt", good[:len(good) // 2]), ("noise.pt", os.urandom(5000)), ("none.pt", b""),
+                              ("pickle.pt", b"cos\nsystem\n(S'true'\ntR.")):
+            (self.dir / name).write_bytes(content)
+            foreign.append(self.dir / name)
+        for path in foreign:
+            self.bad(*self.tiny, "--init", path, says=path.name)
+        self.assertFalse((self.dir / "marker").exists())
+        self.bad("--landscape", f"{a.out / 'best.pt'},{foreign[-1]}", says=foreign[-1].name)
+        self.bad("--resume", "--out", a.out, "--ema", 0.5, says="ckpt.pt")  # it has no average to go on with
+        (a.out / "ckpt.pt").write_bytes((a.out / "ckpt.pt").read_bytes()[:-999])
+        self.bad("--resume", "--out", a.out, says="ckpt.pt")
+        self.train("b", "--arch", "fast", "--steps", 2)
+        self.bad("--resume", "--out", self.dir / "b", "--arch", "fast", "--optimizer", "muon", says="ckpt.pt")
+        for flags in ("--arch resnet56", "--norm layer", "--plain"):  # it is another network
+            self.bad("--resume", "--out", self.dir / "b", *flags.split(), says=flags.split()[0])
+            self.bad(*self.tiny, "--init", self.dir / "b/best.pt", *flags.split(), says=flags.split()[0])
+
+    def test_command_line(self):
+        """As a program: the exit status, and one line on stderr."""
+        done = child(HERE / "resnet.py", "--lr", "nan", cwd=self.dir)
+        self.assertEqual((done.returncode, done.stdout, snapshot(self.dir)), (2, "", {}))
+        self.assertRegex(done.stderr, r"\Aresnet\.py: [^\n]+\n\Z")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# vit.py
+
+
+def slow_patches(x, weight, bias):
+    """A patch at a time, row by row: its pixels, red, green, blue, times each filter's. (B, N, C)."""
+    P = weight.size(-1)
+    corners = itertools.product(range(0, x.size(2), P), range(0, x.size(3), P))
+    return torch.stack([x[:, :, i:i + P, j:j + P].flatten(1) @ weight.flatten(1).T + bias for i, j in corners], 1)
+
+
+def slow_layer_norm(x, weight, bias):
+    x = x - x.mean(-1, keepdim=True)
+    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight + bias
+
+
+def slow_encoder_block(x, heads, norm1, qkv, proj, norm2, fc1, fc2):
+    """[1] eq. 2 and 3, a head at a time; each argument but x and heads is a weight and a bias."""
+    D, ys = x.size(-1) // heads, []
+    q, k, v = (slow_layer_norm(x, *norm1) @ qkv[0].T + qkv[1]).chunk(3, -1)
+    for h in range(heads):
+        at = slice(h * D, (h + 1) * D)
+        scores = q[..., at] @ k[..., at].mT / D**0.5
+        e = (scores - scores.amax(-1, keepdim=True)).exp()
+        ys.append(e / e.sum(-1, keepdim=True) @ v[..., at])
+    x = x + torch.cat(ys, -1) @ proj[0].T + proj[1]
+    return x + slow_gelu(slow_layer_norm(x, *norm2) @ fc1[0].T + fc1[1]) @ fc2[0].T + fc2[1]
+
+
+def slow_vit(w, x, heads):
+    """Logits of a state dict in timm's names: with a class token what that reads, else the mean of all patches."""
+    def pair(name):
+        return w[f"{name}.weight"], w[f"{name}.bias"]
+
+    if "patch_embed.proj.weight" in w:
+        x = slow_patches(x, *pair("patch_embed.proj"))
+    else:  # 3×3 convolutions with stride 2, norm and ReLU, then 1×1
+        n = 0
+        while f"patch_embed.proj.{n + 1}.running_mean" in w:
+            x = slow_norm(slow_conv(x, w[f"patch_embed.proj.{n}.weight"], 2), w, f"patch_embed.proj.{n + 1}", False)
+            x, n = x.clamp(min=0), n + 3
+        x = slow_patches(x, *pair(f"patch_embed.proj.{n}"))
+    if "cls_token" in w:
+        x = torch.cat((w["cls_token"].repeat(len(x), 1, 1), x), 1)
+    x, n = x + w["pos_embed"], 0
+    while f"blocks.{n}.norm1.weight" in w:
+        x = slow_encoder_block(x, heads, *(pair(f"blocks.{n}.{name}") for name in (
+            "norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")))
+        n += 1
+    x = slow_layer_norm(x, *pair("norm"))
+    weight, bias = pair("head")
+    return (x[:, 0] if "cls_token" in w else sum(x.unbind(1)) / x.size(1)) @ weight.T + bias
+
+
+def slow_torchvision_vit(w, x, heads):
+    """The same of a state dict in torchvision's names: the MLP's layers are linear_1 and linear_2, or 0 and 3."""
+    x = slow_patches(x, w["conv_proj.weight"], w["conv_proj.bias"])
+    x = torch.cat((w["class_token"].repeat(len(x), 1, 1), x), 1) + w["encoder.pos_embedding"]
+    for n in range(sum(name.endswith("ln_1.weight") for name in w)):
+        at = f"encoder.layers.encoder_layer_{n}."
+        one, two = ("linear_1", "linear_2") if f"{at}mlp.linear_1.weight" in w else ("0", "3")
+        x = slow_encoder_block(x, heads, *((w[f"{at}{name}weight"], w[f"{at}{name}bias"]) for name in (
+            "ln_1.", "self_attention.in_proj_", "self_attention.out_proj.", "ln_2.", f"mlp.{one}.", f"mlp.{two}.")))
+    x = slow_layer_norm(x, w["encoder.ln.weight"], w["encoder.ln.bias"])
+    return x[:, 0] @ w["heads.head.weight"].T + w["heads.head.bias"]
+
+
+def torchvision_vit_shapes(dim, depth, patch, image, hidden, classes=1000, spelling=("linear_1", "linear_2")):
+    """Names and shapes of torchvision's state dicts."""
+    shapes = {"class_token": (1, 1, dim), "conv_proj.weight": (dim, 3, patch, patch), "conv_proj.bias": (dim,),
+              "encoder.pos_embedding": (1, 1 + (image // patch) ** 2, dim)}
+    for n in range(depth):
+        at = f"encoder.layers.encoder_layer_{n}."
+        shapes |= {f"{at}{name}": (dim,) for name in ("ln_1.weight", "ln_1.bias", "ln_2.weight", "ln_2.bias")}
+        for name, rows, columns in (("self_attention.in_proj_", 3 * dim, dim),
+                                    ("self_attention.out_proj.", dim, dim), (f"mlp.{spelling[0]}.", hidden, dim),
+                                    (f"mlp.{spelling[1]}.", dim, hidden)):
+            shapes |= {f"{at}{name}weight": (rows, columns), f"{at}{name}bias": (rows,)}
+    return shapes | {"encoder.ln.weight": (dim,), "encoder.ln.bias": (dim,), "heads.head.weight": (classes, dim),
+                     "heads.head.bias": (classes,)}
+
+
+def deit_shapes(dim, depth, patch, image, hidden, classes=1000):
+    """Names and shapes of DeiT's state dicts, which are timm's."""
+    shapes = {"cls_token": (1, 1, dim), "pos_embed": (1, 1 + (image // patch) ** 2, dim),
+              "patch_embed.proj.weight": (dim, 3, patch, patch), "patch_embed.proj.bias": (dim,)}
+    for n in range(depth):
+        for name, *shape in (("norm1", dim), ("attn.qkv", 3 * dim, dim), ("attn.proj", dim, dim), ("norm2", dim),
+                             ("mlp.fc1", hidden, dim), ("mlp.fc2", dim, hidden)):
+            shapes |= {f"blocks.{n}.{name}.weight": tuple(shape), f"blocks.{n}.{name}.bias": (shape[0],)}
+    return shapes | {"norm.weight": (dim,), "norm.bias": (dim,), "head.weight": (classes, dim),
+                     "head.bias": (classes,)}
+
+
+def random_vit(shapes, seed=0):
+    """random_weights, with positions that matter."""
+    w = random_weights(shapes, seed)
+    return {k: t * (0.2 * t[0].numel()) ** 0.5 if "pos_embed" in k else t for k, t in w.items()}
+
+
+def slow_bilinear(x, u, v):
+    """An image's colours (3,) at column u and row v of its pixels' centres, reflected at the borders' edges."""
+    def inside(t, size):  # the edges are at -0.5 and size - 0.5
+        t = (t + 0.5) % (2 * size)
+        t = min(t, 2 * size - t) - 0.5
+        return min(max(t, 0.0), size - 1.0)
+
+    H, W = x.shape[1:]
+    u, v = inside(u, W), inside(v, H)
+    j, i = int(u), int(v)
+    a, b, right, below = u - j, v - i, min(j + 1, W - 1), min(i + 1, H - 1)
+    return ((1 - b) * ((1 - a) * x[:, i, j] + a * x[:, i, right]) +
+            b * ((1 - a) * x[:, below, j] + a * x[:, below, right]))
+
+
+def slow_affine(x, kind, s):
+    """An image (3, H, W) as one of the five geometric distortions of strength s leaves it: where each pixel
+    comes from, in coordinates from -1 to 1; 1 is half an image."""
+    H, W = x.shape[1:]
+    y, c, sn = torch.empty_like(x), math.cos(0.5 * s), math.sin(0.5 * s)
+    for i, j in itertools.product(range(H), range(W)):
+        u, v = (2 * j + 1) / W - 1, (2 * i + 1) / H - 1
+        u, v = {0: (u + 0.3 * s * v, v), 1: (u, v + 0.3 * s * u), 2: (u + 0.6 * s, v), 3: (u, v + 0.6 * s),
+                4: (c * u - sn * v, sn * u + c * v)}[kind]
+        y[:, i, j] = slow_bilinear(x, ((u + 1) * W - 1) / 2, ((v + 1) * H - 1) / 2)
+    return y
+
+
+def slow_colour(x, kind, s):
+    """An image (3, H, W) of whole numbers as one of nine colour operations of strength s leaves it, pixel by pixel,
+    in the order of vit.py's COLOUR, before it is cut to 0 to 255."""
+    pixels, (_, H, W) = x.tolist(), x.shape
+    grey = [[0.299 * pixels[0][i][j] + 0.587 * pixels[1][i][j] + 0.114 * pixels[2][i][j] for j in range(W)]
+            for i in range(H)]
+    mean, y = sum(map(sum, grey)) / (H * W), torch.empty_like(x)
+    for c, i, j in itertools.product(range(3), range(H), range(W)):
+        p, whole = pixels[c][i][j], sum(pixels[c], [])
+        around = sum((5 if di == dj == 0 else 1) * pixels[c][min(max(i + di, 0), H - 1)][min(max(j + dj, 0), W - 1)]
+                     for di in (-1, 0, 1) for dj in (-1, 0, 1)) / 13
+        bits = round(4 * abs(s))  # that are lost
+        stretched = (p - min(whole)) * 255 / max(1, max(whole) - min(whole))
+        stretched = p if max(whole) == min(whole) else stretched
+        darker = [sum(q < r for q in whole) for r in (p, max(whole))]
+        rank = 255 * darker[0] / darker[1] if darker[1] else p
+        y[c, i, j] = [p, p * (1 + 0.9 * s), grey[i][j] + (p - grey[i][j]) * (1 + 0.9 * s),
+                      mean + (p - mean) * (1 + 0.9 * s), around + (p - around) * (1 + 0.9 * s),
+                      255 - p if p >= 256 * (1 - abs(s)) else p, int(p) >> bits << bits,
+                      p + abs(s) * (stretched - p), p + abs(s) * (rank - p)][kind]
+    return y
+
+
+def slow_png(path):
+    """The pixels (H, W, 3) of a PNG, from the format's description; checksums are checked."""
+    raw, data, at = Path(path).read_bytes(), b"", 8
+    assert raw[:8] == b"\x89PNG\r\n\x1a\n"
+    kinds = []
+    while at < len(raw):
+        [size], kind = struct.unpack(">I", raw[at:at + 4]), raw[at + 4:at + 8]
+        body, [check] = raw[at + 8:at + 8 + size], struct.unpack(">I", raw[at + 8 + size:at + 12 + size])
+        assert zlib.crc32(kind + body) == check
+        kinds.append(kind)
+        if kind == b"IHDR":
+            W, H, *rest = struct.unpack(">IIBBBBB", body)
+            assert rest == [8, 2, 0, 0, 0]  # 8 bits, red, green, blue, no interlacing
+        data += body if kind == b"IDAT" else b""
+        at += 12 + size
+    assert (kinds[0], kinds[-1]) == (b"IHDR", b"IEND")
+    rows = np.frombuffer(zlib.decompress(data), np.uint8).reshape(H, 1 + 3 * W)
+    assert (rows[:, 0] == 0).all()  # no filter
+    return rows[:, 1:].reshape(H, W, 3)
+
+
+def small_vit():
+    """A patch of vit.py for runs that take half a second: few images, and a network of two narrow blocks."""
+    vit = importlib.import_module("vit")
+    draw, few = vit.make_shapes, {10000: 240, 1000: 60, 2000: 60}
+    return mock.patch.multiple(vit, make_shapes=lambda n, seed: drawn(draw, few.get(n, n), seed),
+                               SIZES=vit.SIZES | dict(mini=(32, 2, 2)),
+                               FRESH=dict(patch_size=4, pool="mean", pos="learned", conv_stem=False))
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor that says it is on a GPU."""
+
+    device = property(lambda self: SimpleNamespace(type="cuda"))
+
+
+class TestViT(Case):
+    @classmethod
+    def setUpClass(cls):
+        import vit
+        cls.vit, cls.draw, cls.sizes = vit, staticmethod(vit.make_shapes), vit.SIZES
+        cls.threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+
+    @classmethod
+    def tearDownClass(cls):
+        torch.set_num_threads(cls.threads)
+        drawn.cache_clear()
+
+    def setUp(self):
+        super().setUp()
+        torch.manual_seed(0)
+        patch = small_vit()
+        patch.start()
+        self.addCleanup(patch.stop)
+        self.tiny = ["--batch_size", 16, "--steps", 12, "--eval_every", 6, "--log_every", 3, "--warmup", 2,
+                     "--dtype", "float32"]
+
+    # helpers
+
+    def train(self, name, *flags, tiny=True, status=0):
+        """A small run into the folder name: its out, rows of the log, text, checkpoint."""
+        out = self.dir / name
+        got, text, err = run("vit", *(self.tiny if tiny else ()), "--out", out, *flags)
+        self.assertEqual(got, status, err)
+        return self.look(out, text, err)
+
+    def look(self, out, text="", err=""):
+        rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        return SimpleNamespace(out=out, rows=rows, text=text, err=err,
+                               ckpt=torch.load(out / "ckpt.pt", weights_only=True),
+                               losses={r["step"]: r["loss"] for r in rows if "loss" in r},
+                               val={r["step"]: r["val_loss"] for r in rows if "val_loss" in r})
+
+    def same_run(self, a, b):
+        """The same parameters, average, optimiser, best accuracy and losses, bit for bit."""
+        for key in ("model", "optimizer", "step", "best", "encoder", *["ema"] * ("ema" in a.ckpt)):
+            self.same(a.ckpt[key], b.ckpt[key], key)
+        kept = ("step", "loss", "train_accuracy", "lr", "val_loss", "val_accuracy", "test_accuracy")
+        self.assertEqual(*([{k: row[k] for k in kept if k in row} for row in run.rows] for run in (a, b)))
+
+    def bad(self, *flags, says=(), status=2):
+        """Bad input: the status, one line on stderr that begins with the script's name, nothing on disk changes."""
+        before = snapshot(self.dir)
+        with self.subTest(flags=" ".join(map(str, flags))[-90:]), folder(self.dir):
+            got, out, err = run("vit", *flags)
+            self.assertEqual(got, status, err)
+            self.assertRegex(err, r"\Avit\.py: [^\n]+\n\Z")
+            for word in [says] if isinstance(says, str) else says:
+                self.assertIn(str(word), err)
+            self.assertNotIn("Traceback", out)
+            self.assertEqual(sorted(snapshot(self.dir)), sorted(before), "files came or went")
+            self.assertTrue(snapshot(self.dir) == before, "a file changed")
+
+    def model(self, image_size=12, patch_size=4, dim=24, depth=2, heads=3, num_classes=5, seed=0, **more):
+        """A small ViT in fp64 with random weights; and copies of them, with gradients."""
+        model = self.vit.ViT(image_size, patch_size, dim, depth, heads, num_classes, **more).double().eval()
+        w = random_vit({k: tuple(t.shape) for k, t in model.state_dict().items()}, seed)
+        model.load_state_dict({**w, "pos_embed": model.pos_embed.data} if more.get("pos") == "sincos" else w)
+        return model, {k: t.detach().clone().requires_grad_(t.is_floating_point())
+                       for k, t in model.state_dict().items()}
+
+    def images(self, n, size=8, seed=0):
+        g = torch.Generator().manual_seed(seed)
+        return torch.randint(0, 256, (n, 3, size, size), generator=g, dtype=torch.uint8)
+
+    def config(self, **more):
+        return self.vit.Config(**{"batch_size": 8, "steps": 20, "warmup": 3, **more})
+
+    # model
+
+    def test_patch_embed(self):
+        """Against unfold, which gives patches in the same order."""
+        for P, H, W in ((4, 12, 12), (2, 4, 8), (1, 3, 3)):
+            embed, x = self.vit.PatchEmbed(P, 10).double(), torch.randn(2, 3, H, W).double()
+            patches = F.unfold(x, P, stride=P).mT  # (B, N, 3 P²)
+            want = patches @ embed.proj.weight.flatten(1).T + embed.proj.bias
+            self.close(embed(x), want, 1e-12)
+            self.close(embed(x), slow_patches(x, embed.proj.weight, embed.proj.bias), 1e-12)
+
+    def attentions(self, dim=24, heads=3):
+        """Attention in fp64 with random weights, and torch's with copies of them."""
+        ours, theirs = self.vit.Attention(dim, heads), nn.MultiheadAttention(dim, heads, batch_first=True)
+        with torch.no_grad():
+            for p, q in ((theirs.in_proj_weight, ours.qkv.weight), (theirs.in_proj_bias, ours.qkv.bias),
+                         (theirs.out_proj.weight, ours.proj.weight), (theirs.out_proj.bias, ours.proj.bias)):
+                p.copy_(q.copy_(torch.randn(q.shape) * (0.3 if q.dim() == 2 else 1)))
+        return ours.double(), theirs.double()
+
+    def test_attention(self):
+        """Output and gradients against nn.MultiheadAttention, with and without a mask; also as it is on a GPU."""
+        ours, theirs = self.attentions()
+        mask = torch.arange(7) < torch.tensor([[7], [4], [1]])
+        for key_mask, elsewhere in itertools.product((None, mask), (False, True)):
+            x, r = torch.randn(3, 7, 24).double().requires_grad_(), torch.randn(3, 7, 24).double()
+            hidden = None if key_mask is None else ~key_mask
+            want = theirs(x, x, x, key_padding_mask=hidden, need_weights=False)[0]
+            got = ours(x.as_subclass(Elsewhere) if elsewhere else x, key_mask).as_subclass(torch.Tensor)
+            self.close(got, want, 1e-12)
+            for a, b in zip(torch.autograd.grad((got * r).sum(), [x, *ours.parameters()]),
+                            torch.autograd.grad((want * r).sum(), [x, theirs.in_proj_weight, theirs.in_proj_bias,
+                                                                   *theirs.out_proj.parameters()])):
+                self.close(a, b, 1e-10)
+
+    def test_padding(self):
+        """What a masked token holds changes no bit of the others, which are as in a sequence without it; an explicit
+        mask of all tokens is none."""
+        block = self.vit.Block(24, 3).eval()
+        for attention in (self.attentions()[0].float(), block):
+            x, mask = torch.randn(2, 9, 24), torch.ones(2, 9, dtype=torch.bool)
+            self.close(attention(x, mask), attention(x), 1e-6)
+            mask[0, 6:] = mask[1, :2] = False
+            a = attention(x, mask)
+            b = attention(torch.where(mask[..., None], x, 1e18 * torch.randn(x.shape)), mask)
+            self.same(a[mask], b[mask])
+            self.close(a[0, :6], attention(x[:1, :6])[0], 1e-5)
+            self.close(a[1, 2:], attention(x[1:, 2:])[0], 1e-5)
+            self.assertGreater((a - attention(x))[mask].abs().max().item(), 1e-3)
+
+    def their_encoder(self, model, dim=24, heads=3, hidden=96):
+        """torch's encoder with a ViT's weights."""
+        layer = nn.TransformerEncoderLayer(dim, heads, hidden, dropout=0, activation="gelu", layer_norm_eps=1e-6,
+                                           batch_first=True, norm_first=True)
+        theirs = nn.TransformerEncoder(layer, len(model.blocks), norm=nn.LayerNorm(dim, eps=1e-6),
+                                       enable_nested_tensor=False).double()
+        theirs.norm.load_state_dict(model.norm.state_dict())
+        for a, b in zip(theirs.layers, model.blocks):
+            a.load_state_dict({
+                "self_attn.in_proj_weight": b.attn.qkv.weight, "self_attn.in_proj_bias": b.attn.qkv.bias,
+                **{f"{name}.{part}": getattr(module, part) for name, module in (
+                    ("self_attn.out_proj", b.attn.proj), ("linear1", b.mlp.fc1), ("linear2", b.mlp.fc2),
+                    ("norm1", b.norm1), ("norm2", b.norm2)) for part in ("weight", "bias")}})
+        return theirs
+
+    def test_blocks(self):
+        """A block with a mask, and the whole with either pool, and their gradients, against nn.TransformerEncoder."""
+        for pool in ("cls", "mean"):
+            model, _ = self.model(pool=pool)
+            theirs = self.their_encoder(model)
+            x = torch.randn(4, 3, 12, 12).double()
+            tokens = F.conv2d(x, model.patch_embed.proj.weight, model.patch_embed.proj.bias, 4).flatten(2).mT
+            if pool == "cls":
+                tokens = torch.cat((model.cls_token.repeat(4, 1, 1), tokens), 1)
+            y = theirs(tokens + model.pos_embed)
+            y = y[:, 0] if pool == "cls" else y.mean(1)
+            self.close(model.features(x), y, 1e-12)
+            want, got = model.head(y), model(x)
+            self.close(got, want, 1e-12)
+            r, layer, block = torch.randn(4, 5).double(), theirs.layers[0], model.blocks[0]
+            for p, q in ((layer.linear1.weight, block.mlp.fc1.weight), (layer.norm1.weight, block.norm1.weight),
+                         (layer.self_attn.in_proj_weight, block.attn.qkv.weight)):
+                self.close(torch.autograd.grad((got * r).sum(), q, retain_graph=True)[0],
+                           torch.autograd.grad((want * r).sum(), p, retain_graph=True)[0], 1e-10)
+            mask, x = torch.arange(7) < torch.tensor([[7], [4], [1]]), torch.randn(3, 7, 24).double()
+            self.close(block(x, mask), layer(x, src_key_padding_mask=~mask), 1e-12)
+
+    def test_slow(self):
+        """Logits and gradients against loops: pools, positions, a stem of convolutions, sizes that are not square."""
+        x = torch.randn(3, 3, 12, 12).double()
+        for how in (dict(), dict(pool="mean"), dict(pool="mean", pos="sincos"), dict(pos="sincos", patch_size=2),
+                    dict(conv_stem=True), dict(conv_stem=True, pool="mean", patch_size=2),
+                    dict(mlp_ratio=2.5, depth=3, heads=4), dict(patch_size=12, heads=1)):
+            with self.subTest(**how):
+                model, w = self.model(**how)
+                got, want = model(x), slow_vit(w, x, how.get("heads", 3))
+                self.close(got, want, 1e-11)
+                r, names = torch.randn(got.shape).double(), [k for k, p in model.named_parameters() if
+                                                             p.requires_grad]
+                self.assertEqual("pos_embed" in names, how.get("pos") != "sincos")
+                for k, a, b in zip(names, torch.autograd.grad((got * r).sum(), [dict(model.named_parameters())[k]
+                                                                                 for k in names]),
+                                   torch.autograd.grad((want * r).sum(), [w[k] for k in names])):
+                    # the same number is added to all of a query's scores: no gradient but rounding
+                    self.assertLess((a - b).abs().max().item(), 1e-10 * max(1, b.abs().max().item()), k)
+
+    def test_names(self):
+        """timm's names, and no class token with pool="mean"; sizes as published."""
+        for dim, depth, patch, heads, size in ((192, 12, 16, 3, 5717416), (384, 12, 16, 6, 22050664),
+                                               (768, 12, 16, 12, 86567656), (768, 12, 32, 12, 88224232),
+                                               (1024, 24, 16, 16, 304326632), (1024, 24, 32, 16, 306535400)):
+            with torch.device("meta"):
+                model = self.vit.ViT(224, patch, dim, depth, heads, 1000)
+            self.assertEqual({k: tuple(t.shape) for k, t in model.state_dict().items()},
+                             deit_shapes(dim, depth, patch, 224, 4 * dim))
+            self.assertEqual(sum(p.numel() for p in model.parameters()), size)
+            self.assertIn((dim, depth, heads), self.sizes.values())
+        with torch.device("meta"):
+            other = self.vit.ViT(224, 32, 1024, 24, 16, 1000, pool="mean")
+        self.assertEqual({*model.state_dict()} - {*other.state_dict()}, {"cls_token"})
+        self.assertEqual(tuple(other.pos_embed.shape), (1, 49, 1024))
+
+    def test_conv_stem(self):
+        """Widths double to half of the network's, one convolution per halving; a patch depends on its neighbours."""
+        for P, widths in ((8, [8, 16, 32]), (4, [16, 32]), (2, [32])):
+            stem, x = self.vit.ConvStem(P, 64).eval(), torch.randn(1, 3, 4 * P, 4 * P)
+            convs = [m for m in stem.modules() if isinstance(m, nn.Conv2d)]
+            self.assertEqual([m.out_channels for m in convs], [*widths, 64])
+            self.assertEqual([m.stride[0] for m in convs], [2] * len(widths) + [1])
+            self.assertEqual([m.bias is None for m in convs], [True] * len(widths) + [False])
+            y = stem(x)
+            self.assertEqual(y.shape, (1, 16, 64))
+            x[..., P:2 * P, 2 * P - 1] += 9  # row 1, at the border of the columns 1 and 2
+            changed = (stem(x) != y).any(-1).view(4, 4)
+            self.assertTrue(changed[1, 1] and changed[1, 2] and not changed[:, 0].any() and not changed[3].any())
+
+    def test_macs(self):
+        """Against sums over layers: projections of each token, and tokens with tokens."""
+        for pool, N in (("mean", 64), ("cls", 65)):
+            model = self.vit.ViT(32, 4, 96, 3, 3, 10, pool=pool)
+            want = 64 * 48 * 96 + 3 * (N * 12 * 96**2 + 2 * N**2 * 96) + 960
+            self.assertEqual(self.vit.count_macs(model, 32), want)
+
+    def test_sincos(self):
+        """Number by number: of a dimension's first half the sines of x, then its cosines; then those of y."""
+        for dim, grid in ((24, 14), (4, 3), (192, 2)):
+            want = torch.empty(grid**2, dim).double()
+            for y, x, j in itertools.product(range(grid), range(grid), range(dim)):
+                at, quarter, i = (x, y)[j // (dim // 2)], j % (dim // 2) // (dim // 4), j % (dim // 4)
+                want[y * grid + x, j] = (math.sin, math.cos)[quarter](at / 10000 ** (2 * i / (dim // 2)))
+            self.close(self.vit.sincos_2d(dim, grid), want, 1e-7)
+        model = self.vit.ViT(12, 4, 16, 1, 2, 5, pos="sincos")
+        self.same(model.pos_embed[0], torch.cat((torch.zeros(1, 16), self.vit.sincos_2d(16, 3))))
+        self.assertFalse(model.pos_embed.requires_grad)
+        with self.assertRaisesRegex(ValueError, "18"):
+            self.vit.sincos_2d(18, 3)
+
+    def test_init(self):
+        """Xavier, uniform, of q, k and v each on its own; patches by their pixels' number; a head of zeros."""
+        model = self.vit.ViT(32, 4, 192, 2, 3, 10)
+        for name, p in model.named_parameters():
+            part = name.split(".")[-2:]
+            if part[-1] == "bias" or name == "cls_token" or part[0] == "head":
+                self.assertTrue((p == 0).all(), name)
+            elif part[0].startswith("norm"):
+                self.assertTrue((p == 1).all(), name)
+            elif name in ("pos_embed", "patch_embed.proj.weight"):
+                self.assertAlmostEqual(p.std().item() / (0.02 if "pos" in name else 48**-0.5), 1, delta=0.05)
+            else:
+                for matrix in p.chunk(3) if part[0] == "qkv" else [p]:
+                    bound = (6 / sum(matrix.shape)) ** 0.5  # arXiv v1 of Glorot and Bengio, eq. 16
+                    self.assertTrue(0.99 * bound < matrix.abs().max().item() <= bound * (1 + 1e-6), name)
+                    self.assertAlmostEqual(matrix.std().item() / bound * 3**0.5, 1, delta=0.02)
+                    self.assertAlmostEqual(matrix.mean().item() / bound, 0, delta=0.02)
+        with torch.no_grad():
+            self.assertTrue((model(torch.randn(2, 3, 32, 32)) == 0).all())  # every class is as likely
+
+    def test_drop_path(self):
+        """Each image's branch is left out or scaled by 1 / (1 - p), with probability p, which rises with depth."""
+        p, n = 0.3, 4000
+        drop, x = self.vit.DropPath(p), torch.randn(n, 2, 3)
+        y = drop(x)
+        gone = (y == 0).flatten(1).all(1)
+        self.close(y[~gone], x[~gone] / (1 - p), 1e-6)
+        spread = 5 * (p * (1 - p) / n) ** 0.5
+        self.assertAlmostEqual(gone.float().mean().item(), p, delta=spread)
+        self.assertAlmostEqual(drop(torch.ones(n, 1)).mean().item(), 1, delta=spread / (1 - p))  # what is expected
+        self.assertIs(drop.eval()(x), x)
+        model, _ = self.model(depth=5, drop_path=0.4)
+        for i, block in enumerate(model.blocks):
+            self.assertAlmostEqual(block.drop_path.p, 0.1 * i)
+        block, x = model.blocks[-1].train(), torch.randn(400, 4, 24).double()
+        a = block.attn(block.norm1(x))
+        with_a = x + a / 0.6
+        seen = collections.Counter()
+        for y, kinds in zip(block(x), zip(x, with_a)):  # of the two branches each has a coin of its own
+            outputs = [u + s * block.mlp(block.norm2(u)) for u in kinds for s in (0, 1 / 0.6)]
+            near = [(y - u).abs().max().item() < 1e-10 for u in outputs]
+            self.assertEqual(sum(near), 1)
+            seen[near.index(True)] += 1
+        for kind, share in enumerate((0.16, 0.24, 0.24, 0.36)):
+            self.assertAlmostEqual(seen[kind] / 400, share, delta=5 * (share * (1 - share) / 400) ** 0.5)
+
+    def test_grad_checkpoint(self):
+        """The same outputs and gradients, also where branches are left out."""
+        model, _ = self.model(drop_path=0.5)
+        x, results = torch.randn(6, 3, 12, 12).double(), []
+        for flag in (False, True):
+            model.grad_checkpoint = flag
+            model.train().zero_grad()
+            torch.manual_seed(5)
+            with mock.patch.object(self.vit, "checkpoint", wraps=self.vit.checkpoint) as spy:
+                y = model(x)
+                y.square().sum().backward()
+            self.assertEqual(spy.call_count, 2 * flag)
+            results.append([y, *(p.grad.clone() for p in model.parameters())])
+        self.same(*results)
+        with self.assertRaises(AssertionError):  # it is random
+            self.same(model(x), y)
+
+    def test_shape_errors(self):
+        for how in (dict(image_size=13), dict(heads=5), dict(dim=26, heads=2, pos="sincos")):
+            with self.subTest(**how), self.assertRaises(ValueError):
+                self.model(**how)
+        for size in ((12, 16), (16, 12), (16, 16)):
+            with self.subTest(size), self.assertRaisesRegex(ValueError, "16"):
+                self.model()[0](torch.zeros(1, 3, *size).double())
+
+    # official weights
+
+    def test_positions(self):
+        """The table itself at its size; at another bicubic interpolation of each channel's map, the class token's
+        row as it was."""
+        for first in (0, 1):
+            table = torch.randn(1, first + 36, 10)
+            self.assertTrue(self.vit.resize_positions(table, 6, first) is table)
+            for grid in (3, 9, 14):
+                got = self.vit.resize_positions(table, grid, first)
+                self.assertEqual(tuple(got.shape), (1, first + grid**2, 10))
+                self.same(got[:, :first], table[:, :first])
+                for c in range(10):
+                    square = table[0, first:, c].view(1, 1, 6, 6)
+                    want = F.interpolate(square, (grid, grid), mode="bicubic", align_corners=False)
+                    self.close(got[0, first:, c], want.flatten(), 1e-6)
+
+    def test_official_names(self):
+        """All seven files: torchvision's names, renamed, and DeiT's, have this ViT's names and shapes."""
+        kinds = dict(tiny=(192, 12, 3), small=(384, 12, 6), base=(768, 12, 12), b=(768, 12, 12), l=(1024, 24, 16))
+        self.assertEqual(len(self.vit.OFFICIAL), 7)
+        for name, (address, heads) in self.vit.OFFICIAL.items():
+            kind, patch = re.fullmatch(r"(?:deit|vit)_([a-z]+)_(?:patch)?(\d+)(?:_224)?", name).groups()
+            dim, depth, want_heads = kinds[kind]
+            self.assertEqual(heads, want_heads)
+            self.assertRegex(address, rf"^https://.*/{name}-[0-9a-f]{{8}}\.pth$")
+            shapes = deit_shapes if name.startswith("deit") else torchvision_vit_shapes
+            with torch.device("meta"):
+                ours = self.vit.ViT(224, int(patch), dim, depth, heads, 1000).state_dict()
+                theirs = {k: torch.empty(s) for k, s in shapes(dim, depth, int(patch), 224, 4 * dim).items()}
+            renamed = self.vit.timm_names(theirs)
+            self.assertEqual({k: t.shape for k, t in renamed.items()}, {k: t.shape for k, t in ours.items()})
+
+    def pth(self, name, w, **more):
+        torch.save({"model": w, **more} if more else w, self.dir / name)
+        return self.dir / name
+
+    def test_torchvision_weights(self):
+        """Random files in torchvision's names, in both spellings: logits as a slow model's that uses those names."""
+        x = torch.randn(2, 3, 24, 24)
+        for spelling, dim, heads in ((("linear_1", "linear_2"), 128, None), (("0", "3"), 24, 3)):
+            w = random_vit(torchvision_vit_shapes(dim, 2, 8, 24, 3 * dim, 7, spelling))
+            path = self.pth("some.pth", w)
+            model = self.vit.ViT.from_pretrained(path, heads=heads).eval()
+            want = slow_torchvision_vit({k: t.double() for k, t in w.items()}, x.double(), heads or dim // 64)
+            with torch.no_grad():
+                self.close(model(x), want, 1e-5)
+            self.assertEqual(model.settings, dict(
+                image_size=24, patch_size=8, dim=dim, depth=2, heads=heads or 2, num_classes=7, mlp_ratio=3.0,
+                pool="cls", pos="learned", conv_stem=False, stats="imagenet"))
+
+    def test_deit_weights(self):
+        """A file as DeiT's: logits as a slow model's; with a mean for the class token, another size of images,
+        other classes."""
+        w = random_vit(deit_shapes(64, 2, 4, 12, 100, 5))
+        slow = {k: t.double() for k, t in w.items()}
+        path, x = self.pth("d.pth", w, epoch=3), torch.randn(2, 3, 12, 12)
+        load = functools.partial(self.vit.ViT.from_pretrained, path, heads=2)
+        with torch.no_grad():
+            self.close(load().eval()(x), slow_vit(slow, x.double(), 2), 1e-5)
+            self.assertEqual((load().blocks[0].attn.heads, self.vit.ViT.from_pretrained(path).blocks[0].attn.heads),
+                             (2, 1))
+            mean = {**slow, "pos_embed": slow["pos_embed"][:, 1:]}
+            del mean["cls_token"]
+            self.close(load(pool="mean").eval()(x), slow_vit(mean, x.double(), 2), 1e-5)
+            large = torch.randn(2, 3, 20, 20)
+            square = slow["pos_embed"][0, 1:].T.view(1, 64, 3, 3)
+            square = F.interpolate(square, (5, 5), mode="bicubic").flatten(2).mT
+            for first, names in ((1, slow), (0, mean)):
+                table = torch.cat((slow["pos_embed"][:, :first], square), 1)
+                model = load(image_size=20, pool="cls" if first else "mean").eval()
+                self.close(model(large), slow_vit({**names, "pos_embed": table}, large.double(), 2), 1e-5)
+            other = load(num_classes=3)
+            self.close(other.features(x), load().features(x), 1e-6)
+            self.assertEqual((other(x).shape, other.head.weight.abs().max().item()), ((2, 3), 0))
+            self.assertTrue(torch.equal(load(num_classes=5).head.weight, w["head.weight"]))
+        self.assertEqual([b.drop_path.p for b in load(drop_path=0.3).blocks], [0, 0.3])
+        torch.save({k: t.float() for k, t in mean.items()}, self.dir / "mean.pth")
+        with self.assertRaisesRegex(ValueError, "mean.pth"):  # there is no class token to be had
+            self.vit.ViT.from_pretrained(self.dir / "mean.pth", heads=2, pool="cls")
+        headless = {k: t for k, t in w.items() if not k.startswith("head.")}
+        self.assertEqual(self.vit.ViT.from_pretrained(self.pth("h.pth", headless)).head.weight.shape, (10, 64))
+        self.assertEqual(load().stats, ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        self.assertEqual(load(stats="cifar10").stats, self.vit.CIFAR10_STATS)
+        self.assertEqual([self.vit.ViT(size, 8, 8, 1, 1, 2).settings["stats"] for size in (64, 72)],
+                         ["cifar10", "imagenet"])
+
+    def test_official_download(self):
+        """A name downloads the file from its publisher, unless its hash differs; heads are the name's."""
+        w, asked, get = random_vit(deit_shapes(96, 1, 16, 32, 96, 10)), [], self.vit.requests.get
+        body = self.pth("x", w, epoch=1).read_bytes()
+        server = Server(self, dict(body=body))
+
+        def redirected(url, **how):
+            asked.append(url)
+            return get(server.url, **how)
+
+        name, data = "deit_tiny_patch16_224", self.dir / "data"
+        published = "https://dl.fbaipublicfiles.com/deit/deit_tiny_patch16_224-a1311bcf.pth"
+        mine = published.replace("a1311bcf", hashlib.sha256(body).hexdigest()[:8])
+        flags = [*self.tiny, "--init", name, "--data_dir", data, "--steps", 1, "--out", self.dir / "o"]
+        with mock.patch.object(self.vit.requests, "get", redirected):
+            status, _, err = run("vit", *flags)
+            self.assertEqual(status, 2)
+            self.assertRegex(err.splitlines()[-1], r"\Avit\.py: .*sha256")
+            self.assertEqual([*data.iterdir()], [])
+            self.assertFalse((self.dir / "o").exists())
+            with mock.patch.dict(self.vit.OFFICIAL, {name: (mine, 3)}):
+                status, _, err = run("vit", *flags)
+                self.assertEqual(status, 0, err)
+                model = self.vit.ViT.from_pretrained(name, data_dir=data)
+        self.assertIn(f"of {len(body) / 1e6:.1f} MB", err)
+        self.assertEqual(asked, [published, mine])
+        self.assertEqual((model.blocks[0].attn.heads, model.settings["image_size"]), (3, 32))
+        self.assertTrue(torch.equal(model.head.weight, w["head.weight"]))
+
+    def test_official_refused(self):
+        w, name = random_vit(torchvision_vit_shapes(64, 2, 8, 24, 64)), "vit_b_16-c867db91.pth"
+        changes = (lambda w: w.pop("encoder.layers.encoder_layer_1.ln_2.weight"), lambda w: w.pop("conv_proj.weight"),
+                   lambda w: w.pop("encoder.pos_embedding"), lambda w: w.update(more=torch.ones(1)),
+                   lambda w: w.update({"encoder.pos_embedding": torch.zeros(1, 9, 64)}),
+                   lambda w: w.update({"encoder.layers.encoder_layer_0.mlp.linear_2.bias": torch.zeros(63)}))
+        for change in changes:
+            wrong = dict(w)
+            change(wrong)
+            self.bad(*self.tiny, "--init", self.pth(name, wrong), says=name)
+        marker = self.dir / "marker"
+        for content in (Evil(marker), {**w, "conv_proj.bias": Evil(marker)}, [1, 2], torch.ones(2), {"model": 3},
+                        {k: 1 for k in w}, random_weights(torchvision_shapes("resnet18"))):
+            self.bad(*self.tiny, "--init", self.pth(name, content), says=name)
+            self.assertFalse(marker.exists())
+        for content in (b"", b"cos\nmkdir\n(S'marker'\ntR.", self.pth(name, w).read_bytes()[:5000]):
+            (self.dir / name).write_bytes(content)
+            self.bad(*self.tiny, "--init", self.dir / name, says=name)
+        self.bad(*self.tiny, "--init", self.pth(name, w), "--image_size", 30, says="30")
+
+    def sibling(self, name, w, config, **more):
+        """A checkpoint as mae.py, ijepa.py and simclr.py write it, w being the encoder's part of it."""
+        saved = dict(model={"mask_token": torch.ones(1, 1, 8), **{f"encoder.{k}": t + 1 for k, t in w.items()}},
+                     model_config=dict(decoder_dim=8), config=dict(lr=1.0), step=7, encoder=w, encoder_config=config)
+        torch.save(saved | more, self.dir / name)
+        return self.dir / name
+
+    def test_siblings(self):
+        """The encoder of another script's checkpoint starts a fine-tune, with its own heads, size and pool."""
+        shapes = {k: s for k, s in deit_shapes(24, 2, 8, 32, 48).items() if not k.startswith("head.")}
+        config = dict(image_size=32, patch_size=8, dim=24, depth=2, heads=3)
+        for name, dropped, more in (("mae.pt", (), {}), ("ijepa.pt", "cls_token", dict(pos="sincos")),
+                                    ("simclr.pt", "cls_token", {})):
+            with self.subTest(name):
+                w = random_vit(shapes)
+                if dropped:
+                    w.pop(dropped)
+                    w["pos_embed"] = w["pos_embed"][:, 1:]
+                path = self.sibling(name, w, config | more)
+                a = self.train("a", "--init", path, "--freeze", "--lr", 0.05, "--steps", 4)
+                self.assertEqual({k for k in a.ckpt["model"]} - {*w}, {"head.weight", "head.bias"})
+                for k, t in w.items():
+                    self.same(a.ckpt["model"][k], t, k)
+                    self.same(a.ckpt["encoder"][k], t, k)
+                self.assertGreater(a.ckpt["model"]["head.weight"].abs().max().item(), 0.01)
+                self.assertEqual(a.ckpt["model_config"]["heads"], 3)
+                self.assertEqual(a.ckpt["config"]["pool"], "mean" if dropped else "cls")
+                self.assertEqual((a.ckpt["config"]["patch_size"], a.ckpt["config"]["image_size"]), (8, 0))
+                b = self.train("a", "--init", path, "--steps", 2, "--stop_at", 1)
+                moved = {k for k, t in w.items() if not torch.equal(b.ckpt["model"][k], t)}
+                # the head is 0: at first no gradient passes it, only decay, on the weights alone
+                self.assertTrue("blocks.0.mlp.fc1.weight" in moved and "norm.weight" not in moved, moved)
+                c = self.train("a", "--init", path, "--image_size", 40, "--steps", 2, "--labels", 0.1)
+                self.assertEqual(c.ckpt["model"]["pos_embed"].shape[1], 25 + ("cls_token" in w))
+                self.assertEqual(c.ckpt["config"]["image_size"], 40)
+                self.assertEqual("pos_embed" in {k for k, t in w.items() if not torch.equal(c.ckpt["model"][k], t)},
+                                 True)
+
+    def test_own_checkpoints(self):
+        """From a run's file: what the run evaluates, its average, with its head; encoder and encoder_config are
+        the encoder's part of that."""
+        flags = ["--conv_stem", "--pool", "cls", "--pos", "sincos", "--ema", 0.5]
+        for kind in (flags, []):
+            a = self.train("a", *kind)
+            model = self.vit.ViT(**a.ckpt["encoder_config"])
+            averaged = a.ckpt["ema" if kind else "model"]
+            model.load_state_dict(averaged)
+            self.same({k: t for k, t in averaged.items() if not k.startswith("head.")}, a.ckpt["encoder"])
+            loaded = self.vit.ViT.from_pretrained(a.out / "ckpt.pt")
+            self.assertEqual(loaded.settings, model.settings)
+            self.assertEqual([loaded.settings[name] for name in ("conv_stem", "pool", "pos")],
+                             [True, "cls", "sincos"] if kind else [False, "mean", "learned"])
+            x = torch.randn(2, 3, 32, 32)
+            with torch.no_grad():
+                self.same(loaded.eval().features(x), model.eval().features(x))
+                self.same(loaded(x), model(x))
+
+    def test_resnet_refused(self):
+        """A ResNet's checkpoint, resnet.py's or simclr.py's: a line that says what it is."""
+        w = random_weights(torchvision_shapes("resnet18"))
+        for name, more in (("resnet.pt", dict(model=w)), ("simclr.pt", {})):
+            path = self.sibling(name, w, dict(arch="resnet18"), **more)
+            if name == "resnet.pt":
+                torch.save({k: v for k, v in torch.load(path).items() if not k.startswith("encoder")}, path)
+            self.bad(*self.tiny, "--init", path, says=(name, "ResNet"))
+
+    # augmentation
+
+    def test_affine(self):
+        """Each kind and strength against a loop over pixels, on images that are not square."""
+        x = 255 * torch.rand(5, 3, 7, 10).double()
+        for strengths in ((-1.0, 0.73, 1.0, -0.9, 0.4), (0.21, -0.5, -0.35, 1.0, -1.0)):
+            got = self.vit.affine(x, torch.arange(5), torch.tensor(strengths, dtype=torch.double))
+            for n, s in enumerate(strengths):
+                self.close(got[n], slow_affine(x[n], n, s), 1e-10, f"kind {n}, strength {s}")
+        x = torch.arange(1.0, 10).view(1, 1, 1, 9).repeat(1, 3, 9, 1)  # 0.6 of half an image is 2.7 pixels
+        moved = self.vit.affine(x, torch.tensor([2]), torch.tensor([10 / 27]))
+        self.close(moved[0, 0, 0], torch.tensor([2., 3, 4, 5, 6, 7, 8, 9, 9]), 1e-5)
+
+    def test_colours(self):
+        """Each operation and strength against a loop over pixels; through trivial_augment, cut to 0 to 255."""
+        self.assertEqual(len(self.vit.AFFINE) + len(self.vit.COLOUR), 14)
+        images = torch.stack([self.images(1, 6)[0], self.images(1, 6, 1)[0] // 3 + 80])[..., :5]
+        images[1, 2] = 77  # of one value
+        images[1, 1] = 80 + images[1, 1] % 2  # of two
+        for s, k in itertools.product((-1.0, -0.6, -0.1, 0.3, 0.65, 1.0), range(9)):
+            got = self.vit.trivial_augment(images, np.array([5 + k] * 2), np.array([s] * 2))
+            self.assertEqual(got.dtype, torch.float32)
+            raw = self.vit.COLOUR[k](images.float(), torch.full((2, 1, 1, 1), s))
+            for n in range(2):
+                want = slow_colour(images[n].double(), k, s)
+                self.close(raw[n], want, 1e-5, f"operation {k}, strength {s}")
+                self.close(got[n], want.clamp(0, 255), 1e-5, f"operation {k}, strength {s}")
+
+    def test_equalized(self):
+        """At full strength ranks are even, and a channel's ends are 0 and 255 with autocontrast."""
+        x = torch.randperm(256).view(1, 1, 16, 16).repeat(1, 3, 1, 1).float() / 4  # four pixels of each of 64 values
+        one = torch.ones(1, 1, 1, 1)
+        values, counts = self.vit.equalize(x.floor(), one).unique(return_counts=True)
+        self.close(values, torch.arange(64) * 255 / 63, 1e-6)
+        self.assertEqual(set(counts.tolist()), {12})
+        y = self.vit.autocontrast(x.floor(), -one)
+        self.assertEqual((y.min().item(), y.max().item()), (0, 255))
+
+    def test_strength_0(self):
+        """Every distortion of strength 0 is none."""
+        x = self.images(14)
+        x[..., 0, :2] = torch.tensor([0, 255])
+        y = self.vit.trivial_augment(x, np.arange(14), np.zeros(14))
+        self.same(y[5:], x[5:].float())
+        self.close(y[:5], x[:5], 1e-5)
+        x = self.images(14)  # without 0 and 255
+        one = self.vit.trivial_augment(x, np.arange(14), np.ones(14))
+        changed = [not torch.allclose(a, b.float(), atol=1e-2) for a, b in zip(one, x)]
+        self.assertEqual(changed, [k != 5 for k in range(14)])
+
+    def test_independent(self):
+        """An image's distortion is its own: alone it is as among others, and the batch given is left as it was."""
+        rng, x = np.random.default_rng(0), self.images(60)
+        kind, strength, before = rng.integers(14, size=60), rng.uniform(-1, 1, 60), x.clone()
+        y = self.vit.trivial_augment(x, kind, strength)
+        self.same(x, before)
+        for n in range(60):
+            alone = self.vit.trivial_augment(x[n:n + 1], kind[n:n + 1], strength[n:n + 1])
+            self.close(y[n:n + 1], alone, 1e-5, f"kind {kind[n]}")
+            want = (slow_affine(x[n].double(), kind[n], strength[n]) if kind[n] < 5 else
+                    slow_colour(x[n].double(), kind[n] - 5, strength[n])).clamp(0, 255)
+            self.close(y[n], want, 1e-4, f"kind {kind[n]}")
+
+    def test_boxes(self):
+        """Against a loop over pixels: a rectangle of its share and aspect around its centre, cut off at borders."""
+        rng = np.random.default_rng(0)
+        share, aspect = rng.uniform(0, 1, 40), rng.uniform(0.3, 3.3, 40)
+        centre = rng.uniform(0, 1, (2, 40))
+        share[0], share[1], aspect[1], centre[:, 1] = 0, 1, 1, 0.5
+        got = self.vit.boxes(12, *(torch.from_numpy(a) for a in (share, aspect, centre)))
+        for n in range(40):
+            height, width = 12 * (share[n] * aspect[n]) ** 0.5, 12 * (share[n] / aspect[n]) ** 0.5
+            y, x = 12 * centre[:, n]
+            want = [[y - height / 2 < i + 0.5 < y + height / 2 and x - width / 2 < j + 0.5 < x + width / 2
+                     for j in range(12)] for i in range(12)]
+            self.assertEqual(got[n].tolist(), want, n)
+        self.assertEqual((got[0].sum().item(), got[1].sum().item()), (0, 144))
+        inside = self.vit.boxes(200, torch.full((9,), 0.1), torch.linspace(0.3, 3, 9), torch.full((2, 9), 0.5))
+        self.close(inside.double().mean((1, 2)), torch.full((9,), 0.1), 0.04)
+        corner = self.vit.boxes(200, torch.tensor([0.36]), torch.ones(1), torch.zeros(2, 1))
+        self.assertEqual(corner.float().mean().item(), torch.tensor(0.09).item())
+
+    def batch(self, n=40, step=0, slot=0, slots=1, teacher=None, size=8, **more):
+        """A batch of n images, each of a class of its own: what augmented_batch gives, and of each image its number,
+        its share, its partner's number, and the two as they are without any augmentation."""
+        c, images = self.config(**{"crop": 0, "flip": False, "batch_size": n} | more), self.images(n, size)
+        with mock.patch.object(self.vit, "trivial_augment", wraps=self.vit.trivial_augment) as spy:
+            x, targets, hints = self.vit.augmented_batch(c, images, torch.arange(n), teacher, n,
+                                                         self.vit.CIFAR10_STATS, step, slot, slots)
+        bare = self.config(crop=0, flip=False, batch_size=c.batch_size, seed=c.seed)
+        plain = self.vit.augmented_batch(bare, images, torch.arange(n), None, n, self.vit.CIFAR10_STATS, step, slot,
+                                         slots)[1]
+        own, (mean, std) = plain.argmax(1), self.vit.CIFAR10_STATS
+        self.same(plain, F.one_hot(own, n).float())
+        clean = torch.stack([(images[own][:, k] / 255 - mean[k]) / std[k] for k in range(3)], 1)
+        other = own.flip(0)
+        self.close(targets.sum(1), torch.ones(len(own)), 1e-6)
+        rest = targets.clone()
+        rest[torch.arange(len(own)), own] = rest[torch.arange(len(own)), other] = 0
+        self.assertEqual(rest.abs().max().item(), 0)
+        return SimpleNamespace(c=c, x=x, targets=targets, hints=hints, own=own, other=other, clean=clean,
+                               share=targets[torch.arange(len(own)), own], images=images, spy=spy)
+
+    def test_batches(self):
+        """What is in a batch depends on seed, step and slot alone; slots share a step's images, each with draws of
+        its own; without augmentation a batch is the images themselves."""
+        np.random.seed(8)
+        all_on = dict(n=40, batch_size=8, crop=2, flip=True, trivial=True, erase=0.5, mixup=0.8, cutmix=1.0, slots=2)
+        a = self.batch(**all_on, step=7, slot=1)
+        np.random.seed(9)
+        torch.manual_seed(9)
+        b = self.batch(**all_on, step=7, slot=1)
+        self.same([a.x, a.targets], [b.x, b.targets])
+        for other in (dict(step=7, slot=0), dict(step=8, slot=1), dict(step=7, slot=1, seed=1)):
+            b = self.batch(**all_on, **other)
+            self.assertNotEqual(a.own.tolist(), b.own.tolist())
+            self.assertFalse(torch.equal(a.share, b.share))
+        state = torch.get_rng_state()
+        self.batch(**all_on)
+        self.same(torch.get_rng_state(), state)
+        for step in range(5):
+            slots = [self.batch(step=step, slot=slot, slots=2, batch_size=4).own.tolist() for slot in range(2)]
+            self.assertEqual(sum(slots, []), self.batch(step=step, batch_size=8).own.tolist())
+        plain = self.batch(n=8)
+        self.assertEqual(sorted(plain.own.tolist()), list(range(8)))
+        self.close(plain.x, plain.clean, 1e-6)
+        self.close(self.batch(n=8, image_size=16).x, F.interpolate(plain.clean, (16, 16), mode="bilinear"), 1e-5)
+
+    def test_moved_and_mirrored(self):
+        """Each image moved by its own number of pixels, mirrored or not, and by as many as --crop says."""
+        seen = set()
+        for step in range(3):
+            b = self.batch(crop=2, flip=True, step=step)
+            padded = np.pad(b.images[b.own].numpy(), ((0, 0), (0, 0), (2, 2), (2, 2)), mode="reflect")
+            mean, std = (np.array(s)[:, None, None] for s in self.vit.CIFAR10_STATS)
+            for n in range(40):
+                views = {(y, x, m): padded[n, :, y:y + 8, x:x + 8][:, :, ::-1 if m else 1]
+                         for y, x, m in itertools.product(range(5), range(5), (False, True))}
+                [view] = [k for k, v in views.items() if abs((v / 255 - mean) / std - b.x[n].numpy()).max() < 1e-4]
+                seen.add(view)
+        self.assertGreater(len(seen), 40)  # of 50, in 120 draws
+        for part, values in enumerate((5, 5, 2)):
+            self.assertEqual(len({view[part] for view in seen}), values)
+
+    def test_mixup(self):
+        """Each image and its label blended with another's in the same shares, which are Beta(α, α)."""
+        shares = []
+        for alpha, step in itertools.product((0.3, 1.0), range(20)):
+            b = self.batch(mixup=alpha, step=step)
+            w = b.share[:, None, None, None]
+            self.close(b.x, w * b.clean + (1 - w) * b.clean.flip(0), 1e-5)
+            shares.append(b.share)
+        for alpha, s in ((0.3, torch.cat(shares[:20])), (1.0, torch.cat(shares[20:]))):
+            self.assertAlmostEqual(s.mean().item(), 0.5, delta=5 * s.std().item() / 800**0.5)
+            self.assertAlmostEqual(s.var().item() * 4 * (2 * alpha + 1), 1, delta=0.2)
+        self.assertGreater(len(s.unique()), 700)  # each image its own
+
+    def cuts(self, b):
+        """The pixels (B, 8, 8) that are the other image's; all others are the image's own."""
+        theirs = (b.x - b.clean.flip(0)).abs().amax(1) < 1e-4
+        self.assertTrue((theirs | ((b.x - b.clean).abs().amax(1) < 1e-4)).all())
+        return theirs
+
+    def rectangle(self, mask):
+        """Its rows and columns; it has no holes."""
+        rows, columns = mask.any(1).nonzero().flatten(), mask.any(0).nonzero().flatten()
+        if len(rows):
+            self.assertTrue(mask[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1].all())
+            self.assertEqual(mask.sum().item(), len(rows) * len(columns))
+        return rows.tolist(), columns.tolist()
+
+    def test_cutmix(self):
+        """A box of each image is another's; labels have the areas' shares; boxes lie anywhere, cut off at borders."""
+        at, areas = collections.Counter(), []
+        for step in range(10):
+            b = self.batch(cutmix=1.0, step=step)
+            theirs = self.cuts(b)
+            self.close(1 - b.share, theirs.float().mean((1, 2)), 1e-6)
+            for mask in theirs:
+                rows, columns = self.rectangle(mask)
+                areas.append(len(rows) * len(columns) / 64)
+                at.update([("row", i) for i in rows] + [("column", j) for j in columns])
+                at["cut"] += abs(len(rows) - len(columns)) > 1
+        self.assertEqual(len(at), 17)
+        self.assertGreater(at["cut"], 40)  # a square before it was cut
+        # E[side that is left] per direction: share 1 - λ uniform, centre uniform
+        grid = torch.linspace(0, 1, 401)[1:-1]
+        half, m = grid.sqrt()[:, None] / 2, grid[None]
+        side = (m + half).clamp(max=1) - (m - half).clamp(min=0)
+        self.assertAlmostEqual(statistics.mean(areas), side.mean(1).square().mean().item(), delta=0.06)
+
+    def test_mixup_or_cutmix(self):
+        """With both, a coin for each batch."""
+        kinds = []
+        for step in range(60):
+            b = self.batch(n=10, mixup=0.8, cutmix=1.0, step=step)
+            w = b.share[:, None, None, None]
+            kinds.append(torch.allclose(b.x, w * b.clean + (1 - w) * b.clean.flip(0), atol=1e-4))
+            if not kinds[-1]:
+                self.cuts(b)
+        self.assertTrue(12 < sum(kinds) < 48, kinds)
+
+    def test_erase(self):
+        """A rectangle of some images, in a probability, is normal noise; 2% to a third of the image before it is cut
+        off, 0.3 to 3.3 times as high as wide; all else stays."""
+        erased, areas, noise, n = 0, [], [], 0
+        for step in range(4):
+            b = self.batch(n=60, erase=0.3, step=step, size=32)
+            changed = ((b.x - b.clean).abs() > 1e-4).any(1)
+            for k, mask in enumerate(changed):
+                rows, columns = self.rectangle(mask)
+                if rows:
+                    self.assertLessEqual(len(rows) * len(columns) / 1024, 0.33 + 0.05)
+                    if 0 < rows[0] and rows[-1] < 31 and 0 < columns[0] and columns[-1] < 31:
+                        areas.append(len(rows) * len(columns) / 1024)
+                        self.assertTrue(0.25 < len(rows) / len(columns) < 4)
+                    noise.append(b.x[k][:, mask].flatten())
+                    erased += 1
+                n += 1
+        self.assertAlmostEqual(erased / n, 0.3, delta=5 * (0.21 / n) ** 0.5)
+        noise = torch.cat(noise)
+        self.assertLess(abs(noise.mean().item()), 0.05)
+        self.assertAlmostEqual(noise.std().item(), 1, delta=0.05)
+        self.assertTrue(min(areas) < 0.08 < 0.12 < max(areas), (min(areas), max(areas)))
+        every = self.batch(n=60, erase=1.0, size=32)
+        self.assertTrue(((every.x - every.clean).abs() > 1e-4).flatten(1).any(1).all())
+        self.assertFalse(torch.equal(every.x[0], self.batch(n=60, erase=1.0, size=32, seed=1).x[0]))
+
+    def test_trivial_draws(self):
+        """Each image draws its kind, 1 of 14, and its strength, from -1 to 1; the batch is what these make of it."""
+        kinds, strengths = [], []
+        for step in range(20):
+            b = self.batch(trivial=True, step=step)
+            [(x, kind, strength)] = [call.args for call in b.spy.call_args_list]
+            self.same(x.float(), b.images[b.own].float())
+            mean, std = (torch.tensor(s).view(3, 1, 1) for s in self.vit.CIFAR10_STATS)
+            want = (self.vit.trivial_augment(x, kind, strength) / 255 - mean) / std
+            self.close(b.x, want, 1e-6)
+            kinds += kind.tolist()
+            strengths += strength.tolist()
+        counts = collections.Counter(kinds)
+        self.assertEqual(sorted(counts), list(range(14)))
+        for count in counts.values():
+            self.assertAlmostEqual(count / 800, 1 / 14, delta=5 * (13 / 14**2 / 800) ** 0.5)
+        strengths = torch.tensor(strengths)
+        self.assertTrue(-1 <= strengths.min() < -0.95 and 0.95 < strengths.max() <= 1)
+        self.assertAlmostEqual(strengths.var().item(), 1 / 3, delta=0.05)
+
+    # objective and optimiser
+
+    def test_hints(self):
+        """The teacher's row of each image, of its mirror where it is mirrored; soft at a temperature, or hard; mixed
+        as the images are."""
+        teacher = 3 * torch.randn(40, 2, 40)
+        for how in (dict(), dict(mixup=1.0), dict(cutmix=1.0), dict(hard=True, teacher="x"),
+                    dict(hard=True, teacher="x", mixup=1.0), dict(temperature=0.5), dict(trivial=True, erase=0.5)):
+            kinds = how | ({"teacher": str(self.pth("x", {}))} if "teacher" in how else {})
+            c = self.config(**{"crop": 0, "batch_size": 40} | kinds)
+            images = self.images(40)
+            stats = self.vit.CIFAR10_STATS
+            x, targets, hints = self.vit.augmented_batch(c, images, torch.arange(40), teacher, 40, stats, 3, 0, 1)
+            plain = self.vit.augmented_batch(self.config(crop=0, batch_size=40), images, torch.arange(40), None, 40,
+                                             stats, 3, 0, 1)
+            own = plain[1].argmax(1)
+            mirrored = [not torch.allclose(a, b, atol=1e-4) for a, b in
+                        zip(plain[0], self.vit.normalise(images[own], stats))]
+            self.assertTrue(8 < sum(mirrored) < 32)
+            want = torch.zeros(40, 40).double()
+            for n, (k, m) in enumerate(zip(own.tolist(), mirrored)):
+                logits = teacher[k, int(m)].double()
+                if c.hard:
+                    want[n, logits.argmax()] = 1
+                else:
+                    e = (logits / c.temperature).exp()
+                    want[n] = e / e.sum()
+            share = targets[torch.arange(40), own][:, None]
+            self.close(hints, share * want + (1 - share) * want.flip(0), 1e-5)
+            self.assertEqual(len(share.unique()) > 5, bool(c.mixup or c.cutmix))
+        self.assertIsNone(plain[2])
+
+    def test_teacher(self):
+        """The file's rows for the images that are trained on: all but the last 60, with --full_train those too, and
+        of each class the same fraction."""
+        logits = np.random.default_rng(0).normal(size=(300, 2, 10)).astype(np.float32)
+        np.save(self.dir / "t.npy", logits)
+        images = torch.cat([self.draw(n, seed)[0] for n, seed in ((240, 1), (60, 2))])
+        row = {x.numpy().tobytes(): n for n, x in enumerate(images)}
+        for labels, full, n in ((1.0, False, 240), (1.0, True, 300), (0.25, False, 60), (0.5, True, 150)):
+            c = self.config(labels=labels, full_train=full)
+            got = self.vit.load_teacher(self.dir / "t.npy", c, 10, 60)
+            x, _ = self.vit.load_images(c)[0]
+            self.assertEqual((len(got), len(x)), (n, n))
+            for hints, image in zip(got, x):
+                self.assertTrue(np.array_equal(hints, logits[row[image.numpy().tobytes()]]))
+        flags = [*self.tiny, "--teacher", self.dir / "t.npy"]
+        for wrong in (logits[:-1], logits[:, :1], logits[:, 0], logits[..., :9], np.where(logits > 2, np.nan, logits),
+                      np.array("text"), np.float32(3)):
+            np.save(self.dir / "t.npy", wrong)
+            self.bad(*flags, says="t.npy")
+        np.save(self.dir / "t.npy", np.array([Evil(self.dir / "marker")]), allow_pickle=True)
+        self.bad(*flags, says="t.npy")
+        for content in (b"", b"text", (self.dir / "t.npy").read_bytes()[:-9]):
+            (self.dir / "t.npy").write_bytes(content)
+            self.bad(*flags, says="t.npy")
+        self.assertFalse((self.dir / "marker").exists())
+
+    def test_objective(self):
+        """Cross-entropy with smoothed targets, sample by sample; the teacher's term has the gradient of T² times the
+        divergence from its probabilities at temperature T."""
+        z, teacher = torch.randn(6, 5).double().requires_grad_(), 3 * torch.randn(6, 5).double()
+        targets, path = torch.rand(6, 5).double(), str(self.pth("x", {}))
+        targets = targets / targets.sum(1, keepdim=True)
+        plain = sum(-((0.8 * t + 0.2 / 5) * (row - row.exp().sum().log())).sum() for t, row in zip(targets, z)) / 6
+        c = self.config(label_smoothing=0.2, distill=0.3, temperature=3.0, teacher=path)
+        self.close(self.vit.objective(z, targets, None, c), plain, 1e-12)
+        hints = (teacher / 3).softmax(1)
+        divergence = F.kl_div((z / 3).log_softmax(1), hints, reduction="batchmean")
+        got = self.vit.objective(z, targets, hints, c)
+        want = 0.7 * plain + 0.3 * 9 * divergence
+        self.close(torch.autograd.grad(got, z)[0], torch.autograd.grad(want, z)[0], 1e-12)
+        entropy = -(hints * hints.log()).sum(1).mean()
+        self.close(got, (0.7 * plain + 2.7 * (divergence + entropy)), 1e-12)
+        hard, choice = dataclasses.replace(c, hard=True), teacher.argmax(1)
+        want = 0.7 * plain - 0.3 * z.log_softmax(1)[torch.arange(6), choice].mean()
+        self.close(self.vit.objective(z, targets, F.one_hot(choice, 5).double(), hard), want, 1e-12)
+
+    def test_groups(self):
+        """Each parameter that is trained is in one group: decay on matrices alone, rates that fall with depth."""
+        for decay, freeze, how in itertools.product((1.0, 0.5), (False, True), (
+                dict(pool="cls"), dict(pool="mean", pos="sincos"), dict(pool="cls", conv_stem=True))):
+            model, _ = self.model(depth=3, **how)
+            names = {id(p): name for name, p in model.named_parameters()}
+            c = self.config(lr=0.4, layer_decay=decay, weight_decay=0.01, freeze=freeze)
+            optimizer = self.vit.adamw(model, c)
+            groups = [(names[id(p)], p, g) for g in optimizer.param_groups for p in g["params"]]
+            want = {name for name in names.values() if not freeze or name.startswith("head.")}
+            self.assertEqual(sorted(name for name, *_ in groups),
+                             sorted(want - ({"pos_embed"} if how.get("pos") == "sincos" else set())))
+            self.assertEqual({name for name, p in model.named_parameters() if p.requires_grad},
+                             {name for name, *_ in groups})
+            for name, p, group in groups:
+                block = re.match(r"blocks\.(\d)", name)
+                layer = int(block[1]) + 1 if block else 4 if name.startswith(("norm", "head")) else 0
+                self.assertAlmostEqual(group["peak"], 0.4 * decay ** (4 - layer), msg=name)
+                weight = name.endswith("weight") and "norm" not in name and p.dim() > 1
+                self.assertEqual(group["weight_decay"], 0.01 if weight else 0, name)
+                self.assertEqual((group["betas"], group["eps"]), ((0.9, 0.999), 1e-8))
+            self.assertLess(len(optimizer.param_groups), 12)
+
+    def step(self, c, model, train, optimizer, step, ema=None, teacher=None):
+        """A step of training; the loss and accuracy that it returned."""
+        return self.vit.vit_step(model, model, ema, optimizer, contextlib.nullcontext(), train, teacher, c, step,
+                                 c.steps, 0, 1).tolist()
+
+    def test_step(self):
+        """Steps from their equations: the batch's gradient, cut to a length, AdamW, the schedule, layers' rates; and
+        the average of the weights."""
+        train = self.images(40, 12), torch.arange(40) % 5
+        for accum, clip in ((1, 0.0), (2, 0.05)):
+            model = self.model(depth=1)[0].float()
+            c = self.config(grad_accum=accum, label_smoothing=0.2, weight_decay=0.3, lr=0.01, mixup=0.5, steps=6,
+                            layer_decay=0.5, clip=clip, ema=0.3, teacher=str(self.pth("x", {})), warmup=2)
+            slow, ema, teacher = copy.deepcopy(model).double(), copy.deepcopy(model), torch.randn(40, 2, 5)
+            average = {k: t.double().clone() for k, t in ema.named_parameters()}
+            m, v = ({k: torch.zeros_like(p) for k, p in slow.named_parameters()} for _ in range(2))
+            optimizer, cut = self.vit.adamw(model, c), []
+            for step in range(5):
+                returned = self.step(c, model, train, optimizer, step, ema, teacher)
+                x, y, hints = (torch.cat(t).double() for t in zip(*(self.vit.augmented_batch(
+                    c, *train, teacher, 5, self.vit.CIFAR10_STATS, step, s, accum) for s in range(accum))))
+                logits = slow(x)
+                smooth = 0.8 * y + 0.2 / 5
+                loss = -(0.5 * smooth * logits.log_softmax(1) + 2 * hints * (logits / 2).log_softmax(1)).sum(1).mean()
+                self.assertAlmostEqual(returned[0], loss.item(), delta=1e-5)
+                right = (logits.argmax(1) == y.argmax(1)).double().mean().item()
+                self.assertAlmostEqual(returned[1], right, delta=1e-6)
+                grads = torch.autograd.grad(loss, slow.parameters())
+                norm = sum(g.square().sum() for g in grads).sqrt().item()
+                cut.append(norm > clip)
+                rate = 0.01 * ((step + 1) / 3 if step < 2 else (1 + math.cos(math.pi * (step - 2) / 4)) / 2)
+                decay = min(0.3, (step + 1) / (step + 10))
+                with torch.no_grad():
+                    for (k, p), g in zip(slow.named_parameters(), grads):
+                        g = g * min(1, clip / norm) if clip else g
+                        m[k], v[k] = 0.9 * m[k] + 0.1 * g, 0.999 * v[k] + 0.001 * g.square()
+                        here = rate * (1 if k.startswith(("norm", "head")) else 0.5 if "blocks" in k else 0.25)
+                        matrix = p.dim() > 1 and k not in ("cls_token", "pos_embed")
+                        p *= 1 - here * 0.3 * matrix
+                        p -= here * (m[k] / (1 - 0.9 ** (step + 1))) / (
+                            (v[k] / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+                        average[k] = decay * average[k] + (1 - decay) * p
+            self.assertTrue(all(cut))
+            for (k, p), q, a in zip(model.named_parameters(), slow.parameters(), ema.parameters()):
+                if k.endswith("qkv.bias"):  # keys' biases have no gradient but rounding
+                    p, q, a, average[k] = (t.detach().clone() for t in (p, q, a, average[k]))
+                    for t in (p, q, a, average[k]):
+                        t[24:48] = 0
+                self.close(p, q, 2e-4, k)
+                self.close(a, average[k], 2e-4, k)
+
+    def test_evaluate(self):
+        """Loss and accuracy, image by image, in evaluation, at --image_size."""
+        model = self.model(image_size=16, drop_path=0.5)[0].float().train()
+        images, labels, null = self.images(510), torch.arange(510) % 5, contextlib.nullcontext()
+        scores = self.vit.evaluate(model, images, labels, self.config(image_size=16), null)
+        losses, hits = [], []
+        with torch.no_grad():
+            for image, label in zip(images, labels):
+                logits = model.eval()(self.vit.normalise(image[None], self.vit.CIFAR10_STATS, 16))[0].double()
+                losses.append(-logits.softmax(0)[label].log().item())
+                hits.append(float(logits.argmax() == label))
+        self.assertAlmostEqual(scores["val_loss"] / statistics.mean(losses), 1, delta=1e-5)
+        self.assertAlmostEqual(scores["val_accuracy"], statistics.mean(hits), places=9)
+
+    # pictures
+
+    def test_attention_maps(self):
+        """Each block's and head's weights against nn.MultiheadAttention's, along the network."""
+        for pool in ("cls", "mean"):
+            model, _ = self.model(pool=pool)
+            x = torch.randn(2, 3, 12, 12).double()
+            maps = self.vit.attention_maps(model, x)
+            tokens = model.tokens(x)
+            for block, layer, got in zip(model.blocks, self.their_encoder(model).layers, maps, strict=True):
+                y = layer.norm1(tokens)
+                _, want = layer.self_attn(y, y, y, average_attn_weights=False)
+                self.close(got, want, 1e-12)
+                tokens = layer(tokens)
+
+    def test_rollout(self):
+        """Against a sum over all paths through the blocks; rows sum to 1."""
+        maps = [(2 * torch.randn(2, 3, 5, 5)).softmax(-1) for _ in range(3)]
+        got = self.vit.rollout(maps)
+        self.close(got.sum(-1), torch.ones(2, 5), 1e-6)
+        for b in range(2):
+            steps = [[[0.5 * (i == j) + sum(m[b, h, i, j].item() for h in range(3)) / 6 for j in range(5)]
+                      for i in range(5)] for m in maps]
+            want = torch.zeros(5, 5).double()
+            for out, third, second, first in itertools.product(range(5), repeat=4):
+                want[out, first] += steps[2][out][third] * steps[1][third][second] * steps[0][second][first]
+            self.close(got[b], want, 1e-6)
+
+    def test_png(self):
+        """A decoder written from the format's description finds the pixels; Pillow too, where it is."""
+        for shape in ((1, 1, 3), (5, 7, 3), (40, 30, 3)):
+            image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+            self.vit.write_png(self.dir / "x.png", image)
+            self.assertTrue(np.array_equal(slow_png(self.dir / "x.png"), image))
+            with contextlib.suppress(ImportError):
+                from PIL import Image
+                self.assertTrue(np.array_equal(np.array(Image.open(self.dir / "x.png")), image))
+        rows = [[self.images(1, 4)[0], 300 * torch.ones(3, 2, 2)], [torch.full((3, 1, 1), -9.0)]]
+        self.vit.write_sheet(self.dir / "x.png", rows, side=8)
+        got = slow_png(self.dir / "x.png")
+        self.assertEqual(got.shape, (28, 28, 3))
+        want = np.full((28, 28, 3), 255)
+        want[4:12, 4:12] = rows[0][0].repeat_interleave(2, 1).repeat_interleave(2, 2).permute(1, 2, 0)
+        want[16:24, 4:12] = 0
+        self.assertTrue(np.array_equal(got, want))
+
+    def tile(self, sheet, i, j, side=96):
+        return sheet[4 + i * (side + 4):, 4 + j * (side + 4):][:side, :side].astype(float)
+
+    def test_draw_attention(self):
+        """Of each image: itself, its rollout and each head of the last block, as light on it; from the class token,
+        or from the mean of all patches."""
+        for pool in ("cls", "mean"):
+            model = self.model(image_size=32, patch_size=8, pool=pool, depth=3, drop_path=0.9)[0].float().train()
+            images, first = self.images(2, 32), int(pool == "cls")
+            self.vit.draw_attention(model, images, self.dir / "a.png")
+            sheet = slow_png(self.dir / "a.png")
+            self.assertEqual(sheet.shape, (204, 504, 3))
+            with torch.no_grad():
+                maps = self.vit.attention_maps(model.eval(), self.vit.normalise(images, model.stats))
+            for n in range(2):
+                want = images[n].repeat_interleave(3, 1).repeat_interleave(3, 2).permute(1, 2, 0)
+                self.assertTrue(np.array_equal(self.tile(sheet, n, 0), want))
+                for j, look in enumerate([self.vit.rollout(maps)[n], *maps[-1][n]], 1):
+                    look = look[0, 1:] if first else look.mean(0)
+                    light = F.interpolate((look / look.max()).view(1, 1, 4, 4), (32, 32), mode="bilinear")[0]
+                    small = self.tile(sheet, n, j)[1::3, 1::3]
+                    self.close(small, (images[n] * (0.15 + 0.85 * light)).permute(1, 2, 0), 0.003)
+
+    def test_draw_positions(self):
+        """A tile for each patch: the cosines of its position with all others, from black, -1, to white, 1."""
+        for pool in ("cls", "mean"):
+            model, _ = self.model(image_size=16, pool=pool)
+            self.vit.draw_positions(model, self.dir / "p.png")
+            sheet, table = slow_png(self.dir / "p.png"), model.pos_embed[0, int(pool == "cls"):]
+            for i, j, k, m in itertools.product(range(4), repeat=4):
+                cosine = F.cosine_similarity(table[4 * i + j], table[4 * k + m], 0).item()
+                shade = self.tile(sheet, i, j, 128)[32 * k:32 * k + 32, 32 * m:32 * m + 32]
+                self.assertEqual(shade.min(), shade.max())
+                self.assertAlmostEqual(shade[0, 0, 0], 255 * (1 + cosine) / 2, delta=0.51)
+
+    def test_show_augment(self):
+        """A sheet of eight images and what eight steps see of each; nothing else is written or trained."""
+        for how in ([], ["--trivial", "--erase", 0.3, "--mixup", 0.5, "--cutmix", 1, "--image_size", 16]):
+            status, text, err = run("vit", "--show_augment", "--out", self.dir / "o", "--batch_size", 4, *how)
+            self.assertEqual((status, err), (0, ""))
+            self.assertEqual([p.name for p in (self.dir / "o").iterdir()], ["augment.png"])
+            self.assertIn(f"{self.dir}/o/augment.png", text)
+            sheet = slow_png(self.dir / "o/augment.png")
+            self.assertEqual(sheet.shape, (804, 904, 3))
+            images = self.draw(240, 1)[0][:8]
+            for n, image in enumerate(images):
+                self.assertTrue(np.array_equal(self.tile(sheet, n, 0)[1::3, 1::3], image.permute(1, 2, 0)))
+                if how:
+                    continue
+                padded = np.pad(image.numpy(), ((0, 0), (4, 4), (4, 4)), mode="reflect")
+                views = [padded[:, y:y + 32, x:x + 32] for y in range(9) for x in range(9)]
+                views = np.stack([v.transpose(1, 2, 0) for view in views for v in (view, view[:, :, ::-1])])
+                for j in range(1, 9):  # each is the image moved and mirrored
+                    far = abs(views - self.tile(sheet, n, j)[1::3, 1::3]).max((1, 2, 3))
+                    self.assertLessEqual(far.min(), 1)
+
+    # runs
+
+    def test_files(self):
+        """What a run leaves, and what its rows and checkpoints say."""
+        a = self.train("a", "--ema", 0.5)
+        self.assertEqual({p.name for p in a.out.iterdir()}, {"config.json", "log.jsonl", "curves.svg", "ckpt.pt",
+                                                             "best.pt", "attention.png", "positions.png"})
+        config = json.loads((a.out / "config.json").read_text())
+        self.assertEqual((config, config["pool"]), (a.ckpt["config"], "mean"))
+        self.assertEqual(a.ckpt["encoder_config"], dict(
+            image_size=32, patch_size=4, dim=32, depth=2, heads=2, num_classes=10, mlp_ratio=4.0, pool="mean",
+            pos="learned", conv_stem=False, stats="cifar10"))
+        larger = self.vit.ViT.from_pretrained(a.out / "ckpt.pt", image_size=96)  # other images of the same kind
+        self.assertEqual(larger.stats, self.vit.CIFAR10_STATS)
+        self.assertEqual(list(a.losses), [3, 6, 9, 12])
+        self.assertEqual(list(a.val), [0, 6, 12])
+        self.assertAlmostEqual(a.val[0], math.log(10), places=5)  # the head is 0
+        macs = self.vit.count_macs(self.vit.ViT(**a.ckpt["encoder_config"]), 32)
+        for row in a.rows:
+            if "loss" in row:
+                self.assertLessEqual({"loss", "lr", "ms", "seconds", "images_per_s", "train_accuracy"}, set(row))
+                self.assertAlmostEqual(row["pflop"] / (6e-15 * macs * 16 * row["step"]), 1, places=6)
+        last = a.rows[-1]
+        self.assertTrue(last["final"] and last["peak_mb"] > 0)
+        best = torch.load(a.out / "best.pt", weights_only=True)
+        model = self.vit.ViT(**best["encoder_config"])
+        model.load_state_dict(best["ema"])
+        x, y = self.draw(60, 3)
+        with torch.no_grad():
+            right = model.eval()(self.vit.normalise(x, self.vit.CIFAR10_STATS)).argmax(1) == y
+        self.assertEqual(last["test_accuracy"], right.double().mean().item())
+        self.assertEqual(slow_png(a.out / "attention.png").shape, (10 * 100 + 4, 4 * 100 + 4, 3))
+        names = [e.text for e in xml.etree.ElementTree.parse(a.out / "curves.svg").iter() if e.tag.endswith("text")]
+        self.assertLessEqual({"train", "val", "step", "accuracy"}, {*names})
+
+    def teacher(self):
+        """A file of logits of all 300 training images and their mirrors."""
+        np.save(self.dir / "t.npy", np.random.default_rng(0).normal(size=(300, 2, 10)).astype(np.float32))
+        return self.dir / "t.npy"
+
+    def test_overfits(self):
+        """64 images are learned by heart."""
+        with mock.patch.dict(self.vit.SIZES, mini=(64, 2, 2)), \
+                mock.patch.object(self.vit, "make_shapes", lambda n, seed: drawn(self.draw, 64, seed)):
+            a = self.train("a", "--steps", 100, "--eval_every", 100, "--log_every", 10, "--batch_size", 64, "--crop",
+                           0, "--no-flip", "--lr", 0.003, "--label_smoothing", 0, "--patch_size", 8)
+        accuracies = [row["train_accuracy"] for row in a.rows if "train_accuracy" in row]
+        self.assertLess(accuracies[0], 0.7)
+        self.assertEqual(accuracies[-1], 1.0)
+        self.assertLess(a.losses[100], 0.2)
+
+    def test_resume(self):
+        """12 steps are 6, stop, resume, 6 more: bit for bit, with all that is random or averaged."""
+        teacher = ["--teacher", self.teacher()]
+        for kind in (["--ema", 0.5, "--drop_path", 0.4, "--mixup", 0.8, "--cutmix", 1, "--trivial", "--erase", 0.3,
+                      *teacher, "--distill", 0.4, "--grad_accum", 2, "--batch_size", 8],
+                     ["--conv_stem", "--pool", "cls", "--pos", "sincos", "--layer_decay", 0.7, "--grad_checkpoint",
+                      "--drop_path", 0.4, *teacher, "--hard", "--image_size", 16]):
+            with self.subTest(kind):
+                a = self.train("a", *kind)
+                b = self.train("b", *kind, "--stop_at", 6)
+                self.assertEqual((b.ckpt["step"], b.rows[-1]["step"]), (6, 6))
+                self.assertFalse(torch.equal(*(r.ckpt["model"]["head.weight"] for r in (a, b))))
+                with open(b.out / "log.jsonl", "a") as file:  # what a killed run may have left
+                    file.write('{"step": 8, "loss": 9.0}\n{"step": 9, "lo')
+                b = self.train("b", "--resume", tiny=False)
+                self.same_run(a, b)
+                self.assertEqual(sum("final" in row for row in b.rows), 1)
+                self.same_run(a, self.train("b", "--resume", tiny=False))  # nothing is left to do
+                self.assertEqual(*({k: v for k, v in r.ckpt["config"].items() if k not in ("out", "resume")}
+                                   for r in (a, b)))
+                for run_ in (a, b):
+                    shutil.rmtree(run_.out)
+
+    def test_resume_fine_tune(self):
+        """A run that began with --init and --freeze goes on without them being given: bit for bit."""
+        w = {k: t for k, t in random_vit(deit_shapes(24, 2, 8, 32, 48)).items() if not k.startswith("head.")}
+        path = self.sibling("mae.pt", w, dict(heads=3))
+        flags = ["--init", path, "--freeze", "--image_size", 16, "--drop_path", 0.3]
+        a = self.train("a", *flags)
+        self.train("b", *flags, "--stop_at", 6)
+        path.unlink()
+        b = self.train("b", "--resume", tiny=False)
+        self.same_run(a, b)
+        self.assertEqual((b.ckpt["config"]["image_size"], b.ckpt["config"]["pool"]), (16, "cls"))
+
+    def test_resume_with_flags(self):
+        """A flag given with --resume counts: the rate and the decay, which the optimizer's saved state has too; one
+        that asks for another network is refused."""
+        a = self.train("a", "--stop_at", 6)
+        self.bad("--resume", "--out", a.out, "--init", a.out / "ckpt.pt", says=("--resume", "--init"))
+        for flags in ("--arch cifar", "--pool cls", "--pos sincos", "--conv_stem", "--patch_size 8",
+                      "--image_size 64"):
+            self.bad("--resume", "--out", a.out, *flags.split(), says=flags.split()[0])
+        b = self.train("a", "--resume", "--lr", 0.0008, "--weight_decay", 0.03, "--warmup", 0, "--log_every", 1,
+                       tiny=False)
+        [row] = [row for row in b.rows if row["step"] == 7 and "loss" in row]
+        self.assertAlmostEqual(row["lr"], 0.0004)  # step 6 of 12: half-way
+        decays = [group["weight_decay"] for group in b.ckpt["optimizer"][0]["param_groups"]]
+        self.assertEqual(sorted(decays), [0, 0.03])
+
+    def test_evaluation_changes_nothing(self):
+        flags = ["--drop_path", 0.4, "--trivial", "--mixup", 0.5, "--erase", 0.5]
+        runs = [self.train(f"e{every}", *flags, "--eval_every", every, "--log_every", log)
+                for every, log in ((3, 2), (12, 5))]
+        for key in ("model", "optimizer"):
+            self.same(*(run_.ckpt[key] for run_ in runs))
+        self.assertNotEqual(self.train("s", "--seed", 7).losses, self.train("t").losses)
+
+    def test_drop_path_seeds(self):
+        """On one batch, with a network as good as fixed, losses differ from step to step, and a second run's are the
+        same."""
+        w, losses = random_vit(deit_shapes(32, 2, 8, 32, 48, 10)), []
+        path, batch = self.pth("w.pth", w), self.vit.augmented_batch
+
+        def same(c, images, labels, teacher, classes, stats, *_):
+            return batch(c, images, labels, teacher, classes, stats, 0, 0, 1)
+
+        with mock.patch.object(self.vit, "augmented_batch", same), mock.patch.object(self.vit.nn.init, "zeros_"):
+            for p, seed in ((0, 1), (0.6, 1), (0.6, 1)):
+                flags = ["--init", path, "--drop_path", p, "--seed", seed, "--lr", 1e-12, "--steps", 4]
+                losses.append(self.train("a", *flags, "--log_every", 1).losses)
+        self.assertEqual([len({round(v, 5) for v in run_.values()}) for run_ in losses], [1, 4, 4])
+        self.assertEqual(losses[1], losses[2])
+
+    def test_best(self):
+        """best.pt is the checkpoint with the best validation accuracy; with --full_train there is none: the last."""
+        evaluate, accuracies = self.vit.evaluate, iter((0.1, 0.2, 0.4, 0.4, 0.3, 0.0))
+        with mock.patch.object(self.vit, "evaluate", lambda *args: dict(evaluate(*args),
+                                                                        val_accuracy=next(accuracies))):
+            a = self.train("a", "--eval_every", 3, "--lr", 0.02, "--ema", 0.9)
+        self.assertEqual(list(a.val), [0, 3, 6, 9, 12])
+        best = torch.load(a.out / "best.pt", weights_only=True)
+        self.assertEqual((best["step"], best["best"], a.ckpt["best"]), (6, 0.4, 0.4))
+        model = self.vit.ViT(**best["model_config"])
+        model.load_state_dict(best["ema"])  # the average is what counts
+        for (n, seed), loss in (((60, 2), a.val[6]), ((60, 3), a.rows[-1]["test_loss"])):
+            x, y = self.draw(n, seed)
+            with torch.no_grad():
+                logits = model.eval()(self.vit.normalise(x, self.vit.CIFAR10_STATS))
+            self.assertAlmostEqual(F.cross_entropy(logits, y).item(), loss, places=5)
+        model.load_state_dict(best["model"])
+        with torch.no_grad():
+            self.assertNotAlmostEqual(F.cross_entropy(model(self.vit.normalise(x, self.vit.CIFAR10_STATS)), y).item(),
+                                      loss, places=4)
+        b = self.train("b", "--full_train")
+        self.assertFalse([row for row in b.rows if "val_accuracy" in row])
+        self.assertIn("300 images", b.text)
+        self.assertEqual(torch.load(b.out / "best.pt", weights_only=True)["step"], 12)
+
+    def test_freeze(self):
+        """--freeze leaves the encoder as it was, batch norm's statistics too, and trains the head."""
+        a = self.train("a", "--conv_stem", "--lr", 0.01)
+        b = self.train("b", "--init", a.out / "ckpt.pt", "--freeze", "--lr", 0.05, "--drop_path", 0.5,
+                       "--layer_decay", 0.5, "--clip", 0)
+        for name, value in b.ckpt["model"].items():
+            self.assertEqual(torch.equal(value, a.ckpt["model"][name]), not name.startswith("head."), name)
+        self.assertEqual((b.ckpt["step"], b.ckpt["config"]["conv_stem"]), (12, True))
+        self.assertAlmostEqual(b.val[0], math.log(10), places=5)  # a new head
+
+    def test_labels(self):
+        """The first images of each class alone, in the order of the data."""
+        seen, batch = [], self.vit.augmented_batch
+
+        def watched(c, images, labels, *more):
+            seen.append((images, labels))
+            return batch(c, images, labels, *more)
+
+        with mock.patch.object(self.vit, "augmented_batch", watched):
+            a = self.train("a", "--labels", 0.25, "--steps", 2)
+        self.assertIn("60 images", a.text)
+        x, y = self.draw(240, 1)
+        keep = sorted(sum(((y == k).nonzero().flatten()[:6].tolist() for k in range(10)), []))
+        self.same(list(seen[0]), [x[keep], y[keep]])
+
+    def test_torchrun(self):
+        """Two processes update as one does with twice the accumulation; the checkpoint's names are plain."""
+        module = Path(inspect.getfile(small_vit)).stem
+        (self.dir / "two.py").write_text(f"import sys\nimport {module}\nwith {module}.small_vit():\n    import vit\n"
+                                         "    sys.exit(vit.main(sys.argv[1:]))\n")
+        flags = [*self.tiny, "--steps", 6, "--ema", 0.5, "--mixup", 0.8, "--trivial", "--erase", 0.5, "--layer_decay",
+                 0.7, "--teacher", self.teacher()]
+        done = child("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", self.dir / "two.py", *flags,
+                     "--out", self.dir / "two", cwd=self.dir)
+        self.assertEqual(done.returncode, 0, done.stderr[-2000:])
+        one, two = self.train("one", *flags, "--grad_accum", 2), self.look(self.dir / "two")
+        for key in ("model", "ema"):
+            self.assertEqual(list(one.ckpt[key]), list(two.ckpt[key]))
+            for name, p in one.ckpt[key].items():
+                if name.endswith("qkv.bias"):  # AdamW makes steps of keys' biases, whose gradient is rounding
+                    p, two.ckpt[key][name] = (t.view(3, -1)[[0, 2]] for t in (p, two.ckpt[key][name]))
+                self.assertLess((p - two.ckpt[key][name]).abs().max().item(), 2e-5, name)
+        for step, loss in one.losses.items():
+            self.assertAlmostEqual(loss, two.losses[step], delta=1e-5)
+        self.assertEqual(done.stdout.count("step 6/6 | loss"), 1)  # one process speaks
+
+    def test_ctrl_c(self):
+        """Between two steps: a checkpoint, how to go on, status 130; and the run goes on bit for bit."""
+        flags = ["--drop_path", 0.4, "--mixup", 0.5]
+        a, batch, calls = self.train("a", *flags), self.vit.augmented_batch, []
+
+        def interrupted(*args):
+            calls.append(1)
+            if len(calls) == 4:
+                signal.raise_signal(signal.SIGINT)
+            return batch(*args)
+
+        handler = signal.getsignal(signal.SIGINT)
+        with mock.patch.object(self.vit, "augmented_batch", interrupted):
+            b = self.train("b", *flags, status=130)
+        self.assertIs(signal.getsignal(signal.SIGINT), handler)
+        self.assertEqual((b.ckpt["step"], len(calls)), (4, 4))
+        command = re.search(r"python vit\.py (.*--resume.*)", b.text)[1]
+        self.assertEqual(run("vit", *shlex.split(command))[0], 0)
+        b = self.look(b.out)
+        for key in ("model", "optimizer", "best"):
+            self.same(a.ckpt[key], b.ckpt[key], key)
+        self.assertEqual(a.val, b.val)
+
+    def test_kill(self):
+        """Whatever ends a run, in the middle of a checkpoint's write too: the last whole one goes on bit for bit."""
+        class Killed(BaseException):
+            pass
+
+        a, save, step, count = self.train("a", "--ema", 0.5), torch.save, self.vit.vit_step, []
+
+        def half(content, file):
+            if content["step"] == 6:
+                file.write(b"PK half of it")
+                raise Killed
+            save(content, file)
+
+        def dies(*args):
+            count.append(1)
+            if len(count) == 10:
+                raise Killed
+            return step(*args)
+
+        for patch, last in ((mock.patch.object(self.vit.torch, "save", half), 0),
+                            (mock.patch.object(self.vit, "vit_step", dies), 6)):
+            with patch, self.assertRaises(Killed):
+                self.train("b", "--ema", 0.5)
+            self.assertEqual(self.look(self.dir / "b").ckpt["step"], last)
+            self.assertFalse([*(self.dir / "b").glob("*.tmp")])
+            self.same_run(a, self.train("b", "--resume", tiny=False))
+
+    def test_not_finite(self):
+        """The run stops with status 1, names the step, keeps the last good checkpoint, and gives Ctrl-C back."""
+        handler = signal.getsignal(signal.SIGINT)
+        for every in (100, 1):  # with an evaluation between, too
+            out = self.dir / str(every)
+            status, text, err = run("vit", *self.tiny, "--out", out, "--lr", 9e18, "--warmup", 0, "--log_every", 1,
+                                    "--eval_every", every)
+            self.assertEqual(status, 1, err)
+            self.assertRegex(err, r"\Avit\.py: [^\n]*(nan|inf)[^\n]* step [12]\b[^\n]*\n\Z")
+            saved = torch.load(out / "ckpt.pt", weights_only=True)
+            self.assertLessEqual(saved["step"], every == 1)
+            self.assertTrue(all(p.isfinite().all() for p in saved["model"].values()))
+        self.assertIs(signal.getsignal(signal.SIGINT), handler)
+        def poisoned(model, raw, *_):
+            raw.head.bias.data[3] = math.nan
+            return torch.zeros(2)
+
+        with mock.patch.object(self.vit, "vit_step", poisoned):  # it is seen before it is saved
+            status, _, err = run("vit", *self.tiny, "--out", out, "--full_train", "--steps", 1)
+        self.assertEqual(status, 1, err)
+        self.assertRegex(err, r"\Avit\.py: a parameter is (nan|inf)[^\n]* step 1\b[^\n]*\n\Z")
+        self.assertEqual(torch.load(out / "ckpt.pt", weights_only=True)["step"], 0)
+
+    def test_grad_accum(self):
+        """Two micro-batches of 8 update as one of 16 does; --grad_checkpoint changes no bit."""
+        flags = ["--ema", 0.5, "--crop", 0, "--no-flip"]
+        one, two = self.train("a", *flags), self.train("b", *flags, "--batch_size", 8, "--grad_accum", 2)
+        for name, p in one.ckpt["model"].items():
+            if not name.endswith("qkv.bias"):
+                self.assertLess((p - two.ckpt["model"][name]).abs().max().item(), 2e-5, name)
+        with mock.patch.object(self.vit, "checkpoint", wraps=self.vit.checkpoint) as spy:
+            kept = self.train("c", *flags, "--grad_checkpoint")
+        self.assertEqual(spy.call_count, 2 * 12)
+        self.same(kept.ckpt["model"], one.ckpt["model"])
+
+    def test_cifar(self):
+        """A run on a folder of CIFAR-10's files; the last 5,000 training images are for validation."""
+        root, rng = self.dir / "c/cifar-10-batches-bin", np.random.default_rng(0)
+        root.mkdir(parents=True)
+        for name in ("test_batch", *(f"data_batch_{i}" for i in range(1, 6))):
+            record = np.zeros((1010, 3073), np.uint8)
+            record[:, 0] = rng.integers(0, 10, 1010)
+            (root / f"{name}.bin").write_bytes(record.tobytes())
+        a = self.train("a", "--data", self.dir / "c", "--steps", 1, "--patch_size", 16)
+        self.assertIn("| 50 images", a.text)
+        self.assertEqual(a.rows[-1]["final"], True)
+        (root / "data_batch_3.bin").write_bytes(b"x" * 3072)
+        self.bad(*self.tiny, "--data", self.dir / "c", says="data_batch_3.bin")
+
+    # bad input
+
+    def test_bad_flags(self):
+        early = mock.patch.object(self.vit, "load_images", side_effect=AssertionError)  # flags come before data
+        for flags in """--arch vit, --arch=, --lr nan, --lr 0, --lr -1, --lr inf, --lr fast, --labels 0, --labels 2,
+                --labels nan, --drop_path 1, --drop_path -0.1, --drop_path nan, --label_smoothing 1.1, --ema 1,
+                --ema -1, --ema nan, --layer_decay 0, --layer_decay 1.5, --layer_decay nan, --crop -1, --crop 32,
+                --crop 1.5, --image_size -1, --image_size 2000, --image_size 15, --image_size 34, --patch_size 0,
+                --patch_size 5, --patch_size 64, --patch_size -4, --patch_size 2.5, --image_size 30 --patch_size 3
+                --conv_stem, --patch_size 1 --conv_stem, --conv_stem --patch_size 512 --image_size 512,
+                --conv_stem --patch_size 32 --batch_size 1, --pool max, --pool=, --pos rope, --flip always, --erase 1.1,
+                --erase -1, --erase nan, --mixup -1, --mixup nan, --mixup inf, --cutmix -1, --cutmix nan,
+                --cutmix inf, --trivial yes, --teacher nowhere.npy, --teacher=, --distill 2, --distill -1,
+                --distill nan, --temperature 0, --temperature -1, --temperature nan, --temperature inf, --hard,
+                --dtype int8, --dtype float16, --device nowhere, --warmup -1, --weight_decay -0.1, --weight_decay inf,
+                --clip -1, --clip nan, --batch_size 0, --grad_accum 0, --epochs 0, --epochs -1, --epochs nan,
+                --epochs inf, --steps 0, --steps 1.5, --steps -3, --stop_at 0, --eval_every 0, --log_every 0,
+                --seed -1, --no_such_flag 1, --stp 5, --step 5, --steps, stray, --data=, --data nowhere, --out=,
+                --init=, --resume, --resume --init x.pt, --init nowhere.pt, --init vit_b_17, --init vit_b_16.pth,
+                --init nowhere/vit_b_16-c867db91.pth, --show_augment --lr 0, --data_dir=""".split(","):
+            with early:
+                self.bad(*self.tiny, *flags.split())
+        self.bad("--lr", "nan", says=("--lr", "nan"))
+        self.bad("--arch", "vit", says=("vit", "mini", "small6"))
+        self.bad("--init", "vit_b_17", says=("vit_b_17", "vit_b_16", "deit_tiny_patch16_224"))
+        self.bad("--patch_size", 5, says=("--patch_size 5", "32"))
+        self.bad("--image_size", 12, says=("--image_size 12", "16"))
+        self.bad("--teacher", "nowhere.npy", says="--teacher nowhere.npy")
+        self.bad("--resume", "--out", self.dir / "none", says="ckpt.pt")
+        (self.dir / "text.txt").write_text("hello")
+        self.bad(*self.tiny, "--out", self.dir / "text.txt", says="text.txt", status=1)
+        self.bad("--show_augment", "--out", self.dir / "text.txt", says="text.txt", status=1)
+        self.bad(*self.tiny, "--init", self.dir / "text.txt", says="text.txt")
+
+    def test_bad_checkpoints(self):
+        a = self.train("a", "--steps", 2)
+        good, saved = (a.out / "best.pt").read_bytes(), torch.load(a.out / "best.pt", weights_only=True)
+
+        def checkpoint(name, content):
+            torch.save(content, self.dir / name)
+            return self.dir / name
+
+        def without(name):
+            return dict(model={k: v for k, v in saved["model"].items() if k != name}, encoder={})
+
+        config, marker = saved["model_config"], self.dir / "marker"
+        foreign = [checkpoint("list.pt", [1, 2]), checkpoint("tensor.pt", torch.zeros(3)),
+                   checkpoint("object.pt", Evil(marker))]
+        foreign += [checkpoint(f"no_{key}.pt", {k: v for k, v in saved.items() if k != key})
+                    for key in ("model", "config", "step", "model_config")]
+        foreign += [checkpoint("more.pt", saved | dict(model=saved["model"] | dict(more=torch.ones(1)))),
+                    checkpoint("heads.pt", saved | dict(encoder_config=config | dict(heads=5))),
+                    checkpoint("shape.pt", saved | dict(model=saved["model"] | {"norm.bias": torch.ones(31)})),
+                    checkpoint("grid.pt", saved | dict(model=saved["model"] | dict(pos_embed=torch.ones(1, 60, 32)))),
+                    *(checkpoint(f"no_{k}.pt", saved | without(k)) for k in ("pos_embed", "patch_embed.proj.weight",
+                                                                            "blocks.1.attn.qkv.bias")),
+                    checkpoint("names.pt", saved | dict(model={"cls_token": torch.ones(1)}, encoder={})),
+                    checkpoint("numbers.pt", saved | dict(model={k: 3 for k in saved["model"]}))]
+        for name, content in (("cut.pt", good[:len(good) // 2]), ("noise.pt", os.urandom(5000)), ("none.pt", b""),
+                              ("pickle.pt", b"cos\nsystem\n(S'true'\ntR.")):
+            (self.dir / name).write_bytes(content)
+            foreign.append(self.dir / name)
+        for path in foreign:
+            self.bad(*self.tiny, "--init", path, says=path.name if path.name != "heads.pt" else "5 heads")
+        self.assertFalse(marker.exists())
+        for flags in ("--pool cls", "--pos sincos", "--conv_stem", "--patch_size 8", "--arch tiny"):
+            self.bad(*self.tiny, "--init", a.out / "best.pt", *flags.split(), says=(flags.split()[0], "best.pt"))
+        self.bad("--resume", "--out", a.out, "--ema", 0.5, says="ckpt.pt")  # it has no average to go on with
+        self.bad("--resume", "--out", a.out, "--freeze", says="ckpt.pt")  # another set of parameters
+        (a.out / "ckpt.pt").write_bytes((a.out / "ckpt.pt").read_bytes()[:-999])
+        self.bad("--resume", "--out", a.out, says="ckpt.pt")
+
+    def test_command_line(self):
+        """As a program: the exit status, and one line on stderr."""
+        done = child(HERE / "vit.py", "--lr", "nan", cwd=self.dir)
+        self.assertEqual((done.returncode, done.stdout, snapshot(self.dir)), (2, "", {}))
+        self.assertRegex(done.stderr, r"\Avit\.py: [^\n]+\n\Z")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# flash_attn.py
+
+MASKS = {  # T_q, T_k, G, causal, window, cu_seqlens; tiles in these tests are 16 × 24, so that all lengths are ragged
+    "full": (40, 61, 1, False, None, None), "causal": (70, 70, 1, True, None, None),
+    "more keys": (37, 70, 2, True, None, None), "more queries": (70, 45, 2, True, None, None),
+    "window": (60, 70, 2, True, 13, None), "window of 1": (40, 40, 1, True, 1, None),
+    "both sides": (50, 70, 1, False, 17, None), "nothing in sight": (70, 40, 4, False, 9, None),
+    "documents": (70, 70, 2, True, None, (0, 5, 5, 40, 70)), "documents, window": (70, 70, 1, False, 9, (0, 33, 70))}
+
+
+def slow_attention(q, k, v, causal=False, window=None, cu_seqlens=None, scale=None):
+    """Output and LSE, a query at a time from the definition, in fp64."""
+    (B, H, T_q, D), (H_kv, T_k) = q.shape, k.shape[1:3]
+    out, lse = [], []
+    for b, h, i in itertools.product(range(B), range(H), range(T_q)):
+        p, kv = i + T_k - T_q, h // (H // H_kv)
+        keys = [j for j in range(T_k) if (not causal or j <= p) and (window is None or abs(p - j) < window)]
+        if cu_seqlens:
+            mine = [(a, z) for a, z in itertools.pairwise(cu_seqlens) if a <= p < z][0]
+            keys = [j for j in keys if mine[0] <= j < mine[1]]
+        if keys:
+            s = (k[b, kv, keys].double() @ q[b, h, i].double()) * (D**-0.5 if scale is None else scale)
+            out.append(torch.softmax(s, 0) @ v[b, kv, keys].double())
+            lse.append(torch.logsumexp(s, 0))
+        else:
+            out.append(0 * q[b, h, i].double())
+            lse.append(torch.tensor(-math.inf, dtype=torch.double))
+    return torch.stack(out).view(B, H, T_q, D), torch.stack(lse).view(B, H, T_q)
+
+
+def flash_inputs(T_q, T_k, G=1, dtype=torch.double, D=16, H=4, B=2):
+    g = torch.Generator().manual_seed(T_q + 100 * T_k + G)
+    shapes = (B, H, T_q, D), (B, H // G, T_k, D), (B, H // G, T_k, D), (B, H, T_q, D), (B, H, T_q)
+    q, k, v, do, dlse = (torch.randn(shape, generator=g, dtype=torch.double).to(dtype) for shape in shapes)
+    return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), do, dlse
+
+
+def check_masks(flash_attn, backend, dtype, tolerance, names=MASKS, D=16):
+    """Output, LSE and gradients (of the output and of LSE) for each mask, against slow_attention: the worst error
+    relative to the largest value of each. Raises AssertionError, so that it serves in other processes too."""
+    for name in names:
+        T_q, T_k, G, causal, window, ends = MASKS[name]
+        q, k, v, do, dlse = flash_inputs(T_q, T_k, G, dtype, D)
+        exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
+        o, lse = slow_attention(*exact, causal, window, ends)
+        some = lse > -math.inf
+        expected = torch.autograd.grad((o * do).sum() + (lse * dlse)[some].sum(), exact)
+        cu_seqlens = torch.tensor(ends) if ends else None
+        got_o, got_lse = flash_attn.flash_attention(q, k, v, causal, window, backend=backend, cu_seqlens=cu_seqlens,
+                                                    return_lse=True)
+        got = torch.autograd.grad((got_o * do).sum() + (got_lse * dlse)[some].sum(), (q, k, v))
+        assert got_o.dtype == dtype and torch.equal(some, got_lse > -math.inf), name
+        assert (got_o[~some] == 0).all() and (got[0][~some] == 0).all(), name
+        pairs = dict(o=(got_o, o), lse=(got_lse[some], lse[some]), dq=(got[0], expected[0]), dk=(got[1], expected[1]),
+                     dv=(got[2], expected[2]))
+        for key, (a, b) in pairs.items():
+            error = ((a.double() - b).abs().max() / b.abs().max()).item()
+            assert error <= tolerance, f"{name}, D {D}, {dtype}, {key}: {error}"
+
+
+def check_triton():
+    """All of check_masks with the Triton kernels in their interpreter; run in a process with TRITON_INTERPRET=1."""
+    flash_attn = importlib.import_module("flash_attn")
+    check_masks(flash_attn, "triton", torch.float32, 3e-6)
+    check_masks(flash_attn, "triton", torch.float16, 4e-3, ("causal", "more queries", "both sides", "documents"))
+    check_masks(flash_attn, "triton", torch.bfloat16, 2e-2, ("window",))
+    for D in (24, 80, 128):  # 24 and 80 aren't powers of two
+        check_masks(flash_attn, "triton", torch.float32, 3e-6, ("more keys",), D)
+    q = torch.randn(1, 1, 4, 8)
+    for bad in (q, torch.randn(1, 1, 4, 136), torch.randn(1, 1, 4, 16).double()):
+        try:
+            flash_attn.flash_attention(bad, bad, bad, backend="triton")
+        except ValueError:
+            continue
+        raise AssertionError(f"{bad.shape} {bad.dtype} passed")
+
+
+def compile_triton():
+    """The kernels compile for an H100 (no card is needed for that), with matrix units, without spilled registers."""
+    flash_attn = importlib.import_module("flash_attn")
+    flash_attn.load_triton()
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    sizes = dict(D=64, BLOCK_D=64, ROWS=64, COLUMNS=64)
+    kinds = dict.fromkeys(sizes, "constexpr") | dict(LSE="*fp32", DELTA="*fp32", scale="fp32")
+    kinds |= dict.fromkeys(("LO", "HI", "ROW_LO", "ROW_HI"), "*i32") | dict.fromkeys(("T_q", "T_k", "G"), "i32")
+    for kernel in (flash_attn.forward_kernel, flash_attn.dq_kernel, flash_attn.dkdv_kernel):
+        signature = {name: kinds.get(name, "*bf16") for name in kernel.arg_names}
+        ptx = compile(ASTSource(kernel, signature, sizes), target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+        assert "wgmma" in ptx and "st.local" not in ptx, kernel
+
+
+class TestFlashAttn(Case):
+    @classmethod
+    def setUpClass(cls):
+        cls.fa = importlib.import_module("flash_attn")
+        cls.tiny = ("--block_size 32 --n_values 8 --n_embd 16 --steps 8 --eval_every 4 --batch_size 3 --log_every 2 "
+                    "--lr 0.01").split()
+
+    def setUp(self):
+        super().setUp()
+        small = mock.patch.multiple(self.fa, ROWS=16, COLUMNS=24, HEADS=3)
+        small.start()
+        self.addCleanup(small.stop)
+
+    # the pieces
+
+    def test_softmaxes(self):
+        x = torch.randn(5, 9, dtype=torch.double) * 300  # e^300 would overflow in fp32, e^900 in fp64
+        x[2] = x[2].sort().values  # the maximum grows at each step
+        for f in (self.fa.safe_softmax, self.fa.online_softmax):
+            self.close(f(x), torch.softmax(x, dim=-1), 1e-14)
+
+    def test_merge(self):
+        """Over all keys from any split of them, in either order; a side without keys counts nothing."""
+        q, k, v, *_ = flash_inputs(9, 20)
+        whole = slow_attention(q, k, v)
+        for n in (1, 7, 19):
+            parts = [slow_attention(q, k[:, :, at], v[:, :, at]) for at in (slice(n), slice(n, None))]
+            for a, b in (parts, parts[::-1]):
+                for got, expected in zip(self.fa.merge(*a, *b), whole):
+                    self.close(got, expected, 1e-14)
+        none = torch.zeros_like(q), torch.full(q.shape[:3], -math.inf, dtype=torch.double)
+        for got, expected in zip(self.fa.merge(*none, *whole), whole):
+            self.close(got, expected, 1e-15)
+        self.assertEqual(self.fa.merge(*none, *none)[0].abs().max(), 0)
+        empty = [t.clone().requires_grad_() for t in none * 2]  # no NaN in gradients either
+        for g in torch.autograd.grad(self.fa.merge(*self.fa.merge(*empty), *whole)[0].sum(), empty, allow_unused=True):
+            self.assertEqual(g.abs().max(), 0)
+        a, b = (self.fa.flash_attention(q, k[:, :, at], v[:, :, at], return_lse=True)  # with gradients through both
+                for at in (slice(7), slice(7, None)))
+        do = torch.randn_like(q)
+        for x, y in zip(torch.autograd.grad(self.fa.merge(*a, *b)[0], (q, k, v), do),
+                        torch.autograd.grad(whole[0], (q, k, v), do)):
+            self.close(x, y, 1e-13)
+
+    def test_in_tiles(self):
+        q, k, v, *_ = flash_inputs(9, 20)
+        for columns in (1, 7, 20, 64):
+            o, lse = self.fa.attention_in_tiles(q[0, 0], k[0, 0], v[0, 0], columns)
+            expected = slow_attention(q, k, v)
+            self.close(o, expected[0][0, 0], 1e-14)
+            self.close(lse, expected[1][0, 0], 1e-14)
+
+    def test_tile_map(self):
+        """Listed tiles cover all pairs, full ones hold no masked one, each has a pair; both ways round."""
+        for name, (T_q, T_k, _, causal, window, ends) in MASKS.items():
+            lo, hi = self.fa.spans(T_q, T_k, causal, window, torch.tensor(ends) if ends else None)
+            j = torch.arange(T_k)
+            seen = (lo[:, None] <= j) & (j < hi[:, None])  # test_masks has it against the definition
+            turned = self.fa.transpose(lo, hi, T_k)
+            i = torch.arange(T_q)
+            self.assertTrue(torch.equal((turned[0][:, None] <= i) & (i < turned[1][:, None]), seen.T), name)
+            for mask, how in ((seen, (lo, hi)), (seen.T, turned)):
+                found = torch.zeros_like(mask)
+                for i0, i1, tiles in self.fa.tile_map(*how, 16, 24):
+                    for j0, j1, full in tiles:
+                        found[i0:i1, j0:j1] = True
+                        self.assertEqual(full, bool(mask[i0:i1, j0:j1].all()), (name, i0, j0))
+                        self.assertTrue(mask[i0:i1, j0:j1].any(), (name, i0, j0))
+                self.assertFalse((mask & ~found).any(), name)
+
+    # the whole
+
+    def test_masks(self):
+        check_masks(self.fa, "torch", torch.double, 1e-13)
+        check_masks(self.fa, "torch", torch.float32, 3e-6)
+
+    def test_naive(self):
+        for name, (T_q, T_k, G, causal, window, ends) in MASKS.items():
+            q, k, v, do, _ = flash_inputs(T_q, T_k, G)
+            expected = slow_attention(q, k, v, causal, window, ends, 0.3)[0]
+            o = self.fa.attention(q, k, v, causal, window, 0.3, torch.tensor(ends) if ends else None)
+            self.close(o, expected, 1e-13, name)
+            for a, b in zip(torch.autograd.grad(o, (q, k, v), do), torch.autograd.grad(expected, (q, k, v), do)):
+                self.close(a, b, 1e-12, name)
+
+    def test_gradcheck(self):
+        with mock.patch.multiple(self.fa, ROWS=2, COLUMNS=3):
+            for G, causal, window, ends in ((2, True, None, None), (1, False, None, None), (1, True, 2, None),
+                                            (2, False, 2, None), (1, True, None, (0, 2, 5))):
+                q, k, v, *_ = flash_inputs(5, 5 if ends else 7, G, D=2, H=2, B=1)
+                torch.autograd.gradcheck(lambda q, k, v: self.fa.flash_attention(
+                    q, k, v, causal, window, 0.7, cu_seqlens=torch.tensor(ends) if ends else None, return_lse=True),
+                    (q, k, v))
+
+    def test_tile_sizes(self):
+        q, k, v, do, _ = flash_inputs(50, 70, 2)
+        first = None
+        for rows, columns, heads in ((16, 24, 3), (1, 70, 1), (64, 5, 8), (256, 256, 100), (50, 70, 2)):
+            with mock.patch.multiple(self.fa, ROWS=rows, COLUMNS=columns, HEADS=heads):
+                o = self.fa.flash_attention(q, k, v, causal=True)
+                got = o, *torch.autograd.grad(o, (q, k, v), do)
+            first = first or got
+            for a, b in zip(got, first):
+                self.close(a, b, 1e-13)
+
+    def test_sdpa(self):
+        """Against torch's own: gradients that are random, expanded (stride 0) and strided, and strided inputs."""
+        for causal, strided in itertools.product((False, True), repeat=2):
+            q, k, v, do, _ = flash_inputs(70, 70, dtype=torch.float32)
+            if strided:  # (B, T, H, D) turned round, as models have it
+                q, k, v = (t.detach().transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
+                           .requires_grad_() for t in (q, k, v))
+            expected = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+            o = self.fa.flash_attention(q, k, v, causal)
+            self.close(o, expected, 2e-6)
+            for d in (do, torch.ones(()).expand_as(do), torch.randn(2, 70, 16, 4).permute(0, 3, 1, 2)):
+                for a, b in zip(torch.autograd.grad(o, (q, k, v), d, retain_graph=True),
+                                torch.autograd.grad(expected, (q, k, v), d, retain_graph=True)):
+                    self.close(a, b, 5e-6)
+
+    def test_half(self):
+        """Errors of half precision, against fp32, are at most twice torch's."""
+        for dtype in (torch.bfloat16, torch.float16):
+            inputs = flash_inputs(70, 70, dtype=dtype)[:4]
+
+            def results(f, cast):
+                q, k, v, do = (t.detach().to(cast).requires_grad_() for t in inputs)
+                o = f(q, k, v)
+                return [t.float() for t in (o, *torch.autograd.grad(o, (q, k, v), do))]
+
+            torchs = functools.partial(F.scaled_dot_product_attention, is_causal=True)
+            ours = functools.partial(self.fa.flash_attention, causal=True)
+            for exact, a, b in zip(results(torchs, torch.float32), results(ours, dtype), results(torchs, dtype)):
+                self.assertLessEqual((a - exact).abs().max(), 2 * (b - exact).abs().max())
+
+    def test_autocast(self):
+        """Under autocast fp32 inputs stay fp32, forward and backward."""
+        q, k, v, do, _ = flash_inputs(40, 40, dtype=torch.float32)
+        plain = self.fa.flash_attention(q, k, v)
+        with torch.autocast("cpu", torch.bfloat16):
+            o = self.fa.flash_attention(q, k, v)
+            grads = torch.autograd.grad(o, (q, k, v), do)
+        self.same([o.detach(), *grads], [plain.detach(), *torch.autograd.grad(plain, (q, k, v), do)])
+
+    # what follows from the definition
+
+    def test_properties(self):
+        q, k, v, *_ = flash_inputs(40, 70, 2)
+        flash = functools.partial(self.fa.flash_attention, causal=True, window=30, return_lse=True)
+        o, lse = flash(q, k, v)
+        self.close(flash(q, k, torch.ones_like(v))[0], torch.ones_like(o), 1e-14)  # an average of ones
+        c = torch.randn(16, dtype=torch.double)
+        moved = flash(q, k + 50 * c, v)  # a constant in every key: each row of scores moves by q c
+        self.close(moved[0], o, 1e-11)
+        self.close(moved[1], lse + 50 * (q @ c) / 4, 1e-12)
+        q1, k1 = q * 40, k * 40  # scores in the thousands
+        self.close(self.fa.flash_attention(q1, k1, v), slow_attention(q1, k1, v)[0], 1e-11)
+        q2 = (-q.abs()).detach()  # all scores far below zero
+        self.close(flash(q2, 1e4 * k.abs(), v)[0], slow_attention(q2, 1e4 * k.abs(), v, True, 30)[0], 1e-11)
+
+    def test_future(self):
+        """Editing keys and values from position n on leaves the outputs before n as they were, bit for bit."""
+        for dtype, n in itertools.product((torch.float32, torch.bfloat16), (1, 30, 48, 69)):
+            q, k, v, *_ = flash_inputs(70, 70, dtype=dtype)
+            o = self.fa.flash_attention(q, k, v, causal=True)
+            k2, v2 = (torch.cat((t[:, :, :n], 9 * torch.randn_like(t[:, :, n:])), dim=2) for t in (k, v))
+            o2 = self.fa.flash_attention(q, k2, v2, causal=True)
+            self.assertTrue(torch.equal(o[:, :, :n], o2[:, :, :n]))
+            self.assertFalse(torch.equal(o[:, :, n:], o2[:, :, n:]))
+
+    def test_empty(self):
+        for T_q, T_k in ((5, 0), (0, 5), (0, 0)):
+            q, k, v, do, _ = flash_inputs(T_q, T_k)
+            o, lse = self.fa.flash_attention(q, k, v, causal=True, return_lse=True)
+            self.assertEqual((o.shape, lse.shape), (q.shape, q.shape[:3]))
+            self.assertTrue((o == 0).all() and (lse == -math.inf).all())
+            for g in torch.autograd.grad(o, (q, k, v), do):
+                self.assertTrue((g == 0).all())
+
+    def test_double_backward(self):
+        """It raises, also where the gradient that comes in is a constant (a penalty on gradients would be wrong)."""
+        q, k, v, do, _ = flash_inputs(20, 20)
+        for d in (do, do.clone().requires_grad_()):
+            with self.assertRaisesRegex(RuntimeError, "second derivative"):
+                torch.autograd.grad(self.fa.flash_attention(q, k, v), q, d, create_graph=True)
+
+    def test_no_matrix(self):
+        """No tensor of T² elements is made, forward or backward; the naive one shows that this would be seen."""
+        largest = []
+
+        class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+            def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+                out = f(*args, **(kwargs or {}))
+                largest.extend(t.numel() for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor))
+                return out
+
+        T = 600
+        for f, small in ((self.fa.flash_attention, True), (self.fa.attention, False)):
+            for how in (dict(causal=True), dict(window=50), dict(cu_seqlens=torch.tensor([0, 100, T]))):
+                q, k, v, do, _ = flash_inputs(T, T, dtype=torch.float32, B=1)
+                with Watch():
+                    torch.autograd.grad(f(q, k, v, **how), (q, k, v), do)
+                self.assertEqual(max(largest) < T * T, small, max(largest))
+                largest.clear()
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+            self.fa.flash_attention(q, k, v)
+        self.assertEqual(sum(kept), 4 * q.numel() + 4 * T)  # q, k, v, o and LSE of 4 heads
+
+    def test_bad_input(self):
+        q, k, v, *_ = flash_inputs(8, 8)
+        ends = torch.tensor
+        for args, says in (((q[0], k, v), "(4, 8, 16)"), ((q, k, v[:, :, :7]), "(2, 4, 7, 16)"),
+                           ((q, k[..., :15], v[..., :15]), "(2, 4, 8, 15)"), ((q, k[:1], v[:1]), "(1, 4, 8, 16)"),
+                           ((q, k[:, :3], v[:, :3]), "4 query heads .* 3 key heads"),
+                           ((q, k[:, :0], v[:, :0]), "0 key heads"), ((q.long(), k.long(), v.long()), "int64"),
+                           ((q, k.float(), v), "float32"), ((q, k, v, True, 0), "window 0"),
+                           ((q, k, v, True, -3), "window -3"), ((q, k, v, True, 2.5), "window 2.5"),
+                           ((q, k, v, False, None, None, "cuda"), "backend 'cuda'"),
+                           ((q, k, v, False, None, None, "triton"), "triton"),
+                           ((q, k, v, False, None, None, "torch", ends([0, 9])), r"\[0, 9\]"),
+                           ((q, k, v, False, None, None, "torch", ends([1, 8])), r"\[1, 8\]"),
+                           ((q, k, v, False, None, None, "torch", ends([0, 5, 3, 8])), r"\[0, 5, 3, 8\]"),
+                           ((q, k, v, False, None, None, "torch", ends([0.0, 8.0])), r"\[0.0, 8.0\]"),
+                           ((q[:, :, 1:], k, v, False, None, None, "torch", ends([0, 8])), r"\[0, 8\]")):
+            with self.assertRaisesRegex(ValueError, says.replace("(2", r"\(2").replace("(4", r"\(4").replace(
+                    "(1", r"\(1").replace("16)", r"16\)").replace("15)", r"15\)")):
+                self.fa.flash_attention(*args)
+
+    def test_mutants(self):
+        """Copies of the source with a mistake each are caught by the checks above; the source as it is passes."""
+        text = inspect.getsource(self.fa)
+
+        def passes(changed):
+            module = type(sys)("mutant")
+            module.__file__ = self.fa.__file__
+            with mock.patch.dict(sys.modules, mutant=module):
+                exec(compile(changed, "mutant.py", "exec"), vars(module))
+                module.ROWS, module.COLUMNS, module.HEADS = 16, 24, 3
+                try:
+                    check_masks(module, "torch", torch.double, 1e-9, ("more keys", "window", "documents"))
+                except (AssertionError, RuntimeError, IndexError):
+                    return False
+            return True
+
+        self.assertTrue(passes(text))
+        for old, new in (("o_i.mul_(old).baddbmm_", "o_i.baddbmm_"), 
+                         ("m, l = m_new, l * old + p", "m, l = m_new, l + p"),
+                         ("torch.baddbmm(minus_D_i, do_i", "torch.baddbmm(0 * minus_D_i, do_i"),
+                         ("fold(dlse - D", "fold(-D"), ("(j < hi[i0:i1, None])", "(j <= hi[i0:i1, None])"),
+                         ("(lo[i0:i1, None] <= j)", "(lo[i0:i1, None] < j)"), ("p - window + 1", "p - window"),
+                         ("torch.arange(T_q) + (T_k - T_q)", "torch.arange(T_q)"), 
+                         ("p, right=True", "p, right=False"),
+                         ("* (scale * LOG2E)).flatten", "* scale).flatten"), 
+                         ("DV[n, j0:j1] = dk_j * scale", "DV[n, j0:j1] = dk_j"),
+                         ("(dq_i / LOG2E)", "dq_i"), ("fold(lse * -LOG2E, G)", "fold(-lse, G)"),
+                         ("j1 <= hi[i0])", "j1 <= hi[i1 - 1])"), ("lo[i1 - 1] <= j0", "lo[i0] <= j0"),
+                         ("q.shape[3] ** -0.5 if scale is None else scale, backend", "1.0, backend")):
+            with self.subTest(new):
+                self.assertEqual(text.count(old), 1, old)
+                self.assertFalse(passes(text.replace(old, new)), "not caught")
+
+    def test_counts(self):
+        """FLOPs by the paper's formula, and bytes moved by walking through the tiles."""
+        T, H, D = 96, 3, 16
+        full, causal = self.fa.spans(T, T), self.fa.spans(T, T, True)
+        self.assertEqual(self.fa.flops(*full, H, D), 4 * T**2 * D * H)
+        self.assertEqual(self.fa.flops(*causal, H, D), 4 * (T * (T + 1) / 2) * D * H)
+        self.assertEqual(self.fa.flops(*full, H, D, backward=True), 10 * T**2 * D * H)
+        self.assertEqual(self.fa.io_bytes(*full, T, H, D, 4, naive=True), 4 * H * (4 * T * D + 4 * T * T))
+        self.assertEqual(self.fa.io_bytes(*full, T, H, D, 4, 32, 32), 4 * H * (2 * T * D + 2 * 3 * T * D))
+        self.assertEqual(self.fa.io_bytes(*causal, T, H, D, 2, 32, 32), 2 * H * (2 * T * D + 2 * (32 + 64 + 96) * D))
+
+    # Triton
+
+    def triton(self, check, **environment):
+        if not importlib.util.find_spec("triton"):
+            self.skipTest("no triton")
+        with mock.patch.dict(os.environ, TRITON_CACHE_DIR=str(self.dir), **environment):
+            done = child("-W", "ignore", "-c", f"import sys; sys.path.insert(0, '.ci'); import old_tests; old_tests.{check}()", cwd=HERE)
+        self.assertEqual(done.returncode, 0, done.stderr[-3000:])
+
+    def test_triton(self):
+        self.triton("check_triton", TRITON_INTERPRET="1")
+
+    def test_triton_compiles(self):
+        self.triton("compile_triton")
+
+    # the task, and training
+
+    def test_batches(self):
+        """Each key asked has its value once in the first half; the answer is that value; a function of the seed."""
+        idx, answers = self.fa.retrieval_batch((1, 2), 4, 64, 8)
+        self.assertEqual((idx.shape, answers.shape), ((4, 64), (4, 16)))
+        for row, right in zip(idx.tolist(), answers.tolist()):
+            pairs = dict(zip(row[:32:2], row[1:32:2]))
+            self.assertEqual(len(pairs), 16)
+            self.assertEqual(sorted(pairs), sorted(row[32::2]))
+            self.assertNotEqual(row[:32:2], row[32::2])
+            self.assertTrue(all(key < 32 <= value < 40 for key, value in pairs.items()))
+            self.assertEqual([pairs[key] - 32 for key in row[32::2]], right)
+            self.assertEqual([value - 32 for value in row[33::2]], right)
+        self.same(list(self.fa.retrieval_batch((1, 2), 4, 64, 8)), [idx, answers])
+        self.assertFalse(torch.equal(self.fa.retrieval_batch((1, 3), 4, 64, 8)[0], idx))
+
+    def test_model(self):
+        """A block against its description in plain torch; answers don't see what comes after them."""
+        torch.manual_seed(0)
+        model = self.fa.RetrievalModel(functools.partial(self.fa.flash_attention, causal=True), 32, 8, 2, 2, 16)
+        idx = self.fa.retrieval_batch(0, 3, 64, 8)[0]
+        x = model.embed(idx)
+        for block in model.blocks:
+            q, v = block.qv(block.norm1(x)).chunk(2, dim=2)
+            k = torch.cat((torch.zeros(3, 1, 16), q[:, :-1]), dim=1)
+            heads = [F.scaled_dot_product_attention(*(t[..., h:h + 8] for t in (q, k, v)), is_causal=True)
+                     for h in (0, 8)]
+            x = x + block.proj(torch.cat(heads, dim=2))
+            x = x + block.fc2(F.gelu(block.fc1(block.norm2(x))))
+        self.close(model(idx), model.head(model.norm(x))[:, 32::2], 1e-5)
+        changed = idx.clone()
+        changed[:, 41:] = 5
+        self.assertTrue(torch.equal(model(changed)[:, :5], model(idx)[:, :5]))
+
+    def train(self, name, *flags, status=0, tiny=True):
+        out = self.dir / name
+        got, text, err = run("flash_attn", *(self.tiny if tiny else ()), *flags, "--out", out)
+        self.assertEqual(got, status, err)
+        rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        ckpt = torch.load(out / "ckpt.pt", weights_only=True)
+        return SimpleNamespace(out=out, text=text, rows=rows, ckpt=ckpt,
+                                     losses={row["step"]: row["loss"] for row in rows if "loss" in row})
+
+    def test_learns(self):
+        """A small task is solved, and naive attention has the same curve and keeps more for the backward pass."""
+        flags = "--block_size 64 --n_embd 32 --steps 120 --batch_size 8 --eval_every 60".split()
+        a = self.train("a", *flags)
+        self.assertGreater(a.rows[-1]["test_accuracy"], 0.95)
+        self.assertLess(a.rows[-1]["gradients_apart"], 1e-4)
+        self.assertGreater(a.rows[-1]["kept_naive_mb"], a.rows[-1]["kept_mb"])
+        b = self.train("b", *flags, "--backend", "naive", "--stop_at", 40)
+        for step, loss in b.losses.items():
+            self.assertAlmostEqual(loss, a.losses[step], delta=1e-3 * loss)
+        c = self.train("c", *flags, "--window", 8)  # the answers are out of sight
+        self.assertLess(c.rows[-1]["test_accuracy"], 0.5)
+
+    def test_resume(self):
+        a, b = self.train("a"), self.train("b", "--stop_at", 3)
+        self.assertEqual(b.ckpt["step"], 3)
+        b = self.train("b", "--resume", tiny=False)
+        for key in ("model", "optimizer", "best"):
+            self.same(a.ckpt[key], b.ckpt[key], key)
+        self.assertEqual(a.losses[8], b.losses[8])
+        again = self.train("b", "--resume", tiny=False)  # nothing is left to do
+        self.same(a.ckpt["model"], again.ckpt["model"])
+        self.assertEqual(sum("final" in row for row in again.rows), 1)
+        e = self.train("e", "--eval_every", 1, "--log_every", 5)  # evaluating more often changes nothing
+        self.same(a.ckpt["model"], e.ckpt["model"])
+        self.assertNotEqual(self.train("s", "--seed", 7).losses, a.losses)
+
+    def test_best(self):
+        a = self.train("a", "--eval_every", 2)
+        best = torch.load(a.out / "best.pt", weights_only=True)
+        scores = {row["step"]: row["val_accuracy"] for row in a.rows if "val_accuracy" in row}
+        self.assertEqual((list(scores), best["best"]), ([0, 2, 4, 6, 8], max(scores.values())))
+        self.assertEqual(best["step"], max(scores, key=scores.get))
+
+    def test_ctrl_c(self):
+        a, batch, calls = self.train("a"), self.fa.retrieval_batch, []
+
+        def interrupted(seed, *args):
+            calls.append(seed)
+            if seed == (0, 0, 5):
+                signal.raise_signal(signal.SIGINT)
+            return batch(seed, *args)
+
+        handler = signal.getsignal(signal.SIGINT)
+        with mock.patch.object(self.fa, "retrieval_batch", interrupted):
+            b = self.train("b", status=130)
+        self.assertIs(signal.getsignal(signal.SIGINT), handler)
+        self.assertEqual(b.ckpt["step"], 6)
+        command = re.search(r"python flash_attn\.py (.*--resume.*)", b.text)[1]
+        self.assertEqual(run("flash_attn", *shlex.split(command))[0], 0)
+        self.same(a.ckpt["model"], torch.load(b.out / "ckpt.pt", weights_only=True)["model"])
+
+    def test_not_finite(self):
+        status, _, err = run("flash_attn", *self.tiny, "--out", self.dir, "--lr", 9e18, "--warmup", 0,
+                             "--log_every", 1)
+        self.assertEqual(status, 1, err)
+        self.assertRegex(err, r"\Aflash_attn\.py: [^\n]*(nan|inf)[^\n]* step \d\b[^\n]*\n\Z")
+        self.assertEqual(torch.load(self.dir / "ckpt.pt", weights_only=True)["step"], 0)
+
+    def test_compile_flag(self):
+        """The compiled model learns as the eager one does; attention stays out of the graph."""
+        compiled = functools.partial(torch.compile, backend="eager")
+        with mock.patch.object(torch, "compile", compiled):
+            a = self.train("a", "--compile")
+        for step, loss in self.train("b").losses.items():
+            self.assertAlmostEqual(a.losses[step], loss, delta=1e-4 * loss)
+
+    def test_bfloat16(self):
+        losses = [self.train(dtype, "--dtype", dtype).losses for dtype in ("bfloat16", "float32")]
+        for step, loss in losses[1].items():
+            self.assertAlmostEqual(losses[0][step], loss, delta=0.03 * loss)
+
+    # the other commands
+
+    def test_bench(self):
+        status, text, err = run("flash_attn", "--bench", "--lengths", "64,300", "--heads", 2, "--window", 40, "--out",
+                                self.dir)
+        self.assertEqual(status, 0, err)
+        rows = json.loads((self.dir / "bench.json").read_text())
+        self.assertEqual([(row["T"], row["backend"]) for row in rows],
+                         list(itertools.product((64, 300), ("naive", "sdpa", "torch"))))
+        self.assertTrue(all(0 < row["forward_ms"] and 0 < row["both_ms"] for row in rows))
+        lines = [e.get("points") for e in xml.etree.ElementTree.parse(self.dir / "bench.svg").iter()
+                 if e.tag.endswith("polyline")]
+        self.assertEqual(len(lines), 6)
+        with mock.patch.object(self.fa, "free_bytes", lambda device: 1000.0):
+            status, text, _ = run("flash_attn", "--bench", "--lengths", "64", "--heads", 1, "--out", self.dir)
+        self.assertRegex(text, r"64 +naive skipped: .*GB are free")
+
+    def test_memory(self):
+        """Memory above inputs and outputs grows with T, not T²; that of the naive one is T² matrices."""
+        if not Path("/proc/self/clear_refs").exists():
+            self.skipTest("only Linux tells a process's peak")
+        code = ("import flash_attn as f; c = f.Config(heads=4); "
+                "print(*(f.bench_case(c, kind, 2048)[2] for kind in ('torch', 'naive')))")
+        done = child("-c", code, cwd=HERE)
+        ours, naive = map(float, done.stdout.split() or self.fail(done.stderr))
+        self.assertLess(ours, 20)
+        self.assertGreater(naive, 2 * 4 * 2048**2 * 4 / 2**20)  # two matrices of 4 heads at least
+
+    def test_tiles(self):
+        with mock.patch.multiple(self.fa, ROWS=256, COLUMNS=256):
+            status, text, err = run("flash_attn", "--tiles", "--block_size", 1024, "--window", 300)
+        self.assertEqual((status, err), (0, ""))
+        self.assertEqual([line.split()[-1] for line in text.splitlines()[:4]], ["▒···", "▒▒··", "▒▒▒·", "·▒▒▒"])
+        self.assertIn("7 skipped (·), 9 masked (▒), 0 full (█)", text)
+
+    def test_bad_flags(self):
+        for flags in """--block_size 30; --block_size 0; --block_size 2.5; --n_values 0; --n_layer 0;
+                --n_head 3; --n_head 0; --n_embd 0; --backend cuda; --backend=; --backend triton;
+                --window 0; --window -1; --window 2.5; --lr 0; --lr nan; --lr -1; --lr inf; --warmup
+                -1; --batch_size 0; --steps 0; --steps 1.5; --stop_at 0; --stp 5; --eval_every 0;
+                --log_every 0; --seed -1; --dtype int8; --device nowhere; --lengths 12,x;
+                --lengths=; --lengths 0; --heads 0; --head_dim 0; --no_such_flag 1; --steps; stray;
+                --resume""".split(";"):
+            flags = flags.split()
+            with folder(self.dir):
+                status, _, err = run("flash_attn", *self.tiny, *flags)
+            self.assertEqual(status, 2, (flags, err))
+            self.assertRegex(err, r"\Aflash_attn\.py: [^\n]+\n\Z", flags)
+        with mock.patch.dict(os.environ, WORLD_SIZE="2"):
+            status, _, err = run("flash_attn", *self.tiny, "--out", self.dir)
+        self.assertTrue(status == 2 and "torchrun" in err, err)
+        self.assertEqual(snapshot(self.dir), {})
+        (self.dir / "text.txt").write_text("hello")
+        status, _, err = run("flash_attn", *self.tiny, "--out", self.dir / "text.txt")
+        self.assertEqual((status, err.count("\n")), (1, 1), err)
+        a = self.train("a", "--steps", 2)
+        for content in (b"", b"noise", (a.out / "ckpt.pt").read_bytes()[:-999]):
+            (a.out / "ckpt.pt").write_bytes(content)
+            status, _, err = run("flash_attn", "--resume", "--out", a.out)
+            self.assertEqual((status, err.count("\n")), (2, 1), err)
+        self.assertIn("ckpt.pt", err)
+
+    def test_command_line(self):
+        done = child(HERE / "flash_attn.py", "--lr", "nan", cwd=self.dir)
+        self.assertEqual((done.returncode, done.stdout, snapshot(self.dir)), (2, "", {}))
+        self.assertRegex(done.stderr, r"\Aflash_attn\.py: [^\n]+\n\Z")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# mae.py
+
+
+def slow_patchify(x, P):
+    """An image (3, S, S) as rows of numbers, a pixel after the other."""
+    S = x.size(1)
+    return torch.stack([torch.stack([x[c, i + p, j + q] for p in range(P) for q in range(P) for c in range(3)])
+                        for i in range(0, S, P) for j in range(0, S, P)])
+
+
+def slow_targets(x, P, normalised):
+    """The same, each row less its mean, over its unbiased deviation, 1e-6 added to the variance."""
+    rows = slow_patchify(x, P)
+    if not normalised:
+        return rows
+    n = rows.size(1)
+    means = [sum(row) / n for row in rows]
+    return torch.stack([(row - m) / (sum((v - m) ** 2 for v in row) / (n - 1) + 1e-6) ** 0.5
+                        for row, m in zip(rows, means)])
+
+
+def slow_positions(dim, grid):
+    """A patch at a time: sines and cosines of its column, then of its row."""
+    table = []
+    for y, x in itertools.product(range(grid), range(grid)):
+        angles = [[p / 10000 ** (4 * i / dim) for i in range(dim // 4)] for p in (x, y)]
+        table.append([f(a) for part in angles for f in (math.sin, math.cos) for a in part])
+    return torch.tensor(table, dtype=torch.double)
+
+
+def slow_mae(w, images, noise, ratio, heads, decoder_heads, normalised):
+    """Loss, predictions and mask of a state dict in the official names: an image at a time, a gap at a time."""
+    def pair(name):
+        return w[f"{name}.weight"], w[f"{name}.bias"]
+
+    def blocks(x, name, heads):
+        n = 0
+        while f"{name}.{n}.norm1.weight" in w:
+            x = slow_encoder_block(x, heads, *(pair(f"{name}.{n}.{part}") for part in (
+                "norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")))
+            n += 1
+        return x
+
+    P, first, losses, preds, masks = w["patch_embed.proj.weight"].size(2), int("cls_token" in w), [], [], []
+    for image, z in zip(images, noise.tolist()):
+        order = sorted(range(len(z)), key=z.__getitem__)
+        kept, removed = order[:int(len(z) * (1 - ratio))], order[int(len(z) * (1 - ratio)):]
+        x = slow_patches(image[None], *pair("patch_embed.proj"))[0] + w["pos_embed"][0, first:]
+        x = x[kept]
+        if first:
+            x = torch.cat((w["cls_token"][0] + w["pos_embed"][0, :1], x))
+        x = slow_layer_norm(blocks(x[None], "blocks", heads)[0], *pair("norm"))
+        x = x @ w["decoder_embed.weight"].T + w["decoder_embed.bias"]
+        y = [w["mask_token"][0, 0]] * len(z)
+        for i, patch in enumerate(kept):
+            y[patch] = x[first + i]
+        y = torch.stack([*x[:first], *y]) + w["decoder_pos_embed"][0]
+        y = slow_layer_norm(blocks(y[None], "decoder_blocks", decoder_heads)[0], *pair("decoder_norm"))
+        preds.append(y[first:] @ w["decoder_pred.weight"].T + w["decoder_pred.bias"])
+        error = (preds[-1] - slow_targets(image, P, normalised)) ** 2
+        losses += [error[i].sum() / error.size(1) for i in removed]
+        masks.append([float(i in removed) for i in range(len(z))])
+    return sum(losses) / len(losses), torch.stack(preds), torch.tensor(masks)
+
+
+def official_mae_shapes(dim, depth, patch, image, decoder_dim=None, decoder_depth=0):
+    """Names and shapes of the published state dicts; without decoder_dim those of the encoder alone."""
+    tokens = 1 + (image // patch) ** 2
+    shapes = {"cls_token": (1, 1, dim), "pos_embed": (1, tokens, dim), "patch_embed.proj.bias": (dim,),
+              "patch_embed.proj.weight": (dim, 3, patch, patch), "norm.weight": (dim,), "norm.bias": (dim,)}
+
+    def blocks(name, C, n):
+        for i, (part, *shape) in itertools.product(range(n), (("norm1", C), ("attn.qkv", 3 * C, C), ("norm2", C),
+                                                              ("attn.proj", C, C), ("mlp.fc1", 4 * C, C),
+                                                              ("mlp.fc2", C, 4 * C))):
+            shapes.update({f"{name}.{i}.{part}.weight": tuple(shape), f"{name}.{i}.{part}.bias": (shape[0],)})
+
+    blocks("blocks", dim, depth)
+    if decoder_dim:
+        D, out = decoder_dim, 3 * patch**2
+        shapes |= {"mask_token": (1, 1, D), "decoder_pos_embed": (1, tokens, D), "decoder_embed.weight": (D, dim),
+                   "decoder_embed.bias": (D,), "decoder_norm.weight": (D,), "decoder_norm.bias": (D,),
+                   "decoder_pred.weight": (out, D), "decoder_pred.bias": (out,)}
+        blocks("decoder_blocks", D, decoder_depth)
+    return shapes
+
+
+def slow_knn(train_z, train_y, test_z, test_y, k, temperature):
+    right = 0
+    for z, y in zip(test_z.tolist(), test_y.tolist()):
+        scores, votes = [], collections.Counter()
+        for other, label in zip(train_z.tolist(), train_y.tolist()):
+            lengths = math.hypot(*z) * math.hypot(*other)
+            scores.append((sum(a * b for a, b in zip(z, other)) / lengths, label))
+        for cosine, label in sorted(scores, reverse=True)[:k]:
+            votes[label] += math.exp(cosine / temperature)
+        right += votes.most_common(1)[0][0] == y
+    return right / len(test_y)
+
+
+def slow_probe(train_z, train_y, val_z, val_y, test_z, test_y, rates, steps):
+    """By torch's own modules, all training features in a batch; (validation, test) accuracy for each rate."""
+    accuracies = []
+    for rate in rates:
+        norm = nn.BatchNorm1d(train_z.size(1), eps=1e-6, momentum=None, affine=False).double()
+        layer = nn.Linear(train_z.size(1), int(train_y.max()) + 1).double()
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+        optimizer = torch.optim.SGD(layer.parameters(), rate, momentum=0.9)
+        for step in range(steps):
+            optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+            F.cross_entropy(layer(norm(train_z)), train_y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        z = (train_z.mean(0), train_z.var(0, unbiased=False))
+        accuracies.append([(layer((x - z[0]) / (z[1] + 1e-6).sqrt()).argmax(1) == y).double().mean().item()
+                           for x, y in ((val_z, val_y), (test_z, test_y))])
+    return accuracies
+
+
+def small_mae():
+    """A patch of mae.py for runs that take half a second: few images, and short probes."""
+    import mae
+    draw, few = mae.make_shapes, {10000: 240, 1000: 60, 2000: 60}
+    return mock.patch.multiple(mae, make_shapes=lambda n, seed: drawn(draw, few.get(n, n), seed),
+                               linear_probe=functools.partial(mae.linear_probe, epochs=1, at_least=4, rates=(0.1, 1)))
+
+
+class TestMAE(Case):
+    @classmethod
+    def setUpClass(cls):
+        import mae
+        cls.mae, cls.draw, cls.probe = mae, staticmethod(mae.make_shapes), staticmethod(mae.linear_probe)
+        cls.threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+
+    @classmethod
+    def tearDownClass(cls):
+        torch.set_num_threads(cls.threads)
+        drawn.cache_clear()
+
+    def setUp(self):
+        super().setUp()
+        torch.manual_seed(0)
+        patch = small_mae()
+        patch.start()
+        self.addCleanup(patch.stop)
+        self.tiny = """--batch_size 16 --steps 12 --eval_every 6 --log_every 3 --warmup 2 --dtype float32 --dim 32
+            --patch_size 8 --depth 2 --heads 2 --decoder_dim 16 --decoder_heads 2 --probe_images 80""".split()
+
+    # helpers
+
+    def train(self, name, *flags, tiny=True, status=0):
+        """A small run into the folder name: its out, rows of the log, text, checkpoint."""
+        out = self.dir / name
+        got, text, err = run("mae", *(self.tiny if tiny else ()), "--out", out, *flags)
+        self.assertEqual(got, status, err)
+        return self.look(out, text, err)
+
+    def look(self, out, text="", err=""):
+        rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        return SimpleNamespace(out=out, rows=rows, text=text, err=err,
+                               ckpt=torch.load(out / "ckpt.pt", weights_only=True),
+                               losses={r["step"]: r["loss"] for r in rows if "loss" in r},
+                               val={r["step"]: r["val_loss"] for r in rows if "val_loss" in r})
+
+    def same_run(self, a, b):
+        """The same parameters, optimiser, best probe, and rows of the log but for times, bit for bit."""
+        for key in ("model", "optimizer", "step", "best", "encoder"):
+            self.same(a.ckpt[key], b.ckpt[key], key)
+        times = ("ms", "seconds", "images_per_s", "peak_mb")
+        self.assertEqual(*([{k: v for k, v in row.items() if k not in times} for row in run.rows] for run in (a, b)))
+
+    def bad(self, *flags, says=(), status=2):
+        """Bad input: the status, one line on stderr that begins with the script's name, nothing on disk changes."""
+        before = snapshot(self.dir)
+        with self.subTest(flags=" ".join(map(str, flags))[-90:]), folder(self.dir):
+            got, out, err = run("mae", *flags)
+            self.assertEqual(got, status, err)
+            self.assertRegex(err, r"\Amae\.py: [^\n]+\n\Z")
+            for word in [says] if isinstance(says, str) else says:
+                self.assertIn(str(word), err)
+            self.assertNotIn("Traceback", out)
+            self.assertEqual(sorted(snapshot(self.dir)), sorted(before), "files came or went")
+            self.assertTrue(snapshot(self.dir) == before, "a file changed")
+
+    def model(self, image_size=16, patch_size=4, dim=24, depth=2, heads=3, decoder_dim=16, decoder_depth=1,
+              decoder_heads=2, seed=0, scale=1.0, **more):
+        """A small MAE in fp64 with random weights, positions as they are; and copies of them, with gradients."""
+        model = self.mae.MAE(image_size, patch_size, dim, depth, heads, decoder_dim, decoder_depth, decoder_heads,
+                             **more).double()
+        w = random_vit({k: tuple(t.shape) for k, t in model.state_dict().items()}, seed)
+        w = {k: t if "pos_embed" in k else scale * w[k].double() for k, t in model.state_dict().items()}
+        model.load_state_dict(w)
+        return model, {k: t.clone().requires_grad_("pos_embed" not in k) for k, t in w.items()}
+
+    def images(self, n, size=32, seed=0):
+        g = torch.Generator().manual_seed(seed)
+        return torch.randint(0, 256, (n, 3, size, size), generator=g, dtype=torch.uint8)
+
+    def config(self, **more):
+        return self.mae.Config(**{"batch_size": 8, "steps": 20, "warmup": 3, **more})
+
+    # model
+
+    def test_patchify(self):
+        for S, P in ((12, 4), (6, 3), (5, 1), (8, 8)):
+            x = torch.randn(2, 3, S, S).double()
+            patches = self.mae.patchify(x, P)
+            self.same(patches, torch.stack([slow_patchify(image, P) for image in x]))
+            self.same(self.mae.unpatchify(patches, P), x)
+            self.same(self.mae.patchify(x.contiguous(memory_format=torch.channels_last), P), patches)
+
+    def test_positions(self):
+        """Both tables are the loop's, the class token's row is 0, and they are kept but not trained."""
+        for first in (0, 1):
+            model = self.mae.MAE(20, 4, 24, 1, 3, 16, 1, 2, class_token=bool(first))
+            for name, dim in (("pos_embed", 24), ("decoder_pos_embed", 16)):
+                table = model.state_dict()[name]
+                self.assertEqual(tuple(table.shape), (1, first + 25, dim))
+                self.assertEqual(table[0, :first].abs().sum().item(), 0)
+                self.close(table[0, first:], slow_positions(dim, 5), 1e-6)
+                self.assertFalse(getattr(model, name).requires_grad)
+        self.assertEqual("cls_token" in model.state_dict(), True)
+
+    def test_masks(self):
+        """Kept and removed patches partition each image at exactly the ratio; restoring undoes the shuffle."""
+        for size, patch, ratio, kept in ((16, 4, 0.75, 4), (32, 4, 0.5, 32), (32, 4, 0.9, 6), (20, 4, 0.3, 17),
+                                         (32, 4, 0.95, 3), (16, 4, 0.01, 15), (224, 16, 0.75, 49)):
+            model = self.mae.MAE(size, patch, 8, 1, 2, 8, 1, 2, class_token=False)
+            N, x = (size // patch) ** 2, torch.randn(3, 3, size, size)
+            noise, tokens = torch.rand(3, N), model.tokens(x)
+            with mock.patch.object(model, "encoder", lambda x: x):
+                seen, mask, restore = model.encode(x, ratio, noise)
+            self.assertEqual(seen.size(1), kept)
+            self.assertEqual(mask.sum(dim=1).tolist(), [N - kept] * 3)
+            self.assertEqual(set(mask.flatten().tolist()), {0.0, 1.0})
+            for n in range(3):
+                order = sorted(range(N), key=noise[n].tolist().__getitem__)
+                self.same(seen[n], tokens[n, order[:kept]])  # these, in this order, with their positions
+                self.assertEqual([i for i in range(N) if mask[n, i] == 0], sorted(order[:kept]))
+                self.assertEqual([order[i] for i in restore[n]], list(range(N)))
+            self.assertGreater(len({tuple(row) for row in mask.tolist()}), 1)  # each image has its own
+            self.same(model(x, ratio, noise)[2], mask)
+        with self.assertRaisesRegex(ValueError, "class token"):
+            model.features(x, "cls")
+
+    def test_equations(self):
+        """Loss, predictions, mask and all gradients against a loop over images and patches in fp64."""
+        kinds = itertools.product((True, False), (True, False), ((0.75, 1.0), (0.4, 3.0)))
+        for normalised, class_token, (ratio, scale) in kinds:
+            model, w = self.model(norm_pix_loss=normalised, class_token=class_token, scale=scale)
+            x, noise = torch.randn(2, 3, 16, 16).double(), torch.rand(2, 16)
+            loss, pred, mask = model(x, ratio, noise)
+            want = slow_mae(w, x, noise, ratio, 3, 2, normalised)
+            for got, wanted in zip((loss, pred, mask), want):
+                self.close(got, wanted, 1e-9)
+            loss.backward()
+            want[0].backward()
+            for name, p in model.named_parameters():
+                if "pos_embed" not in name:
+                    self.close(p.grad, w[name].grad, 1e-8, name)
+            features = model.features(x, "cls") if class_token else model.features(x)
+            z = slow_patches(x, w["patch_embed.proj.weight"], w["patch_embed.proj.bias"]) + w["pos_embed"][
+                :, int(class_token):]
+            z = torch.cat((w["cls_token"].expand(2, -1, -1), z), 1) if class_token else z
+            for n in range(2):
+                z = slow_encoder_block(z, 3, *((w[f"blocks.{n}.{part}.weight"], w[f"blocks.{n}.{part}.bias"])
+                                               for part in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1",
+                                                            "mlp.fc2")))
+            z = slow_layer_norm(z, w["norm.weight"], w["norm.bias"])
+            self.close(features, z[:, 0] if class_token else sum(z.unbind(1)) / 16, 1e-9)
+            if class_token:
+                self.close(model.features(x, "mean"), sum(z[:, 1:].unbind(1)) / 16, 1e-9)
+
+    def test_hidden(self):
+        """The encoder cannot see removed patches: with other pixels there, its output is the same bit for bit."""
+        for dtype in (torch.float32, torch.bfloat16):
+            model = self.mae.MAE(32, 4, 32, 2, 2, 16, 1, 2)
+            x, noise = torch.randn(4, 3, 32, 32), torch.rand(4, 64)
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                seen, mask, _ = model.encode(x, 0.75, noise)
+                hole = self.mae.unpatchify(mask[:, :, None].expand(-1, -1, 48).contiguous(), 4) == 1
+                other = torch.where(hole, 9 * torch.randn(x.shape), x)
+                self.same(model.encode(other, 0.75, noise)[0], seen)
+                self.same(model(other, 0.75, noise)[1], model(x, 0.75, noise)[1])  # nor the decoder
+                self.assertNotEqual(model(other, 0.75, noise)[0].item(), model(x, 0.75, noise)[0].item())
+                other = torch.where(hole, x, x + 0.5)
+                self.assertTrue(((model.encode(other, 0.75, noise)[0] - seen).abs().amax((1, 2)) > 0.01).all())
+
+    def test_visible_ignored(self):
+        """The loss is the removed patches' alone: whatever is predicted for the others."""
+        model, _ = self.model()
+        x, noise = torch.randn(2, 3, 16, 16).double(), torch.rand(2, 16)
+        pred = torch.randn(2, 16, 48).double().requires_grad_()
+        with mock.patch.object(model, "decode", lambda *_: pred):
+            loss, _, mask = model(x, 0.75, noise)
+            grad = torch.autograd.grad(loss, pred)[0]
+            self.assertTrue((grad[mask == 0] == 0).all() and (grad[mask == 1] != 0).all())
+            with torch.no_grad():
+                pred[mask == 0] += 5
+            self.same(model(x, 0.75, noise)[0], loss)
+
+    def test_targets(self):
+        """Normalised patches against a loop, one of a single value too; mean and deviation undo it."""
+        x = torch.randn(2, 3, 16, 16).double()
+        x[0, :, :4, :4] = 0.7
+        for normalised in (True, False):
+            model, _ = self.model(norm_pix_loss=normalised)
+            target, mean, std = model.targets(x)
+            self.close(target, torch.stack([slow_targets(image, 4, normalised) for image in x]), 1e-9)
+            self.close(target * std + mean, self.mae.patchify(x, 4), 1e-12)
+
+    def test_random_noise(self):
+        """Without noise every patch is as likely to be removed, and each call's masks are new."""
+        model = self.mae.MAE(16, 8, 8, 1, 2, 8, 1, 2)
+        masks = model(torch.zeros(2000, 3, 16, 16), 0.5)[2]
+        self.assertEqual(masks.sum(1).unique().tolist(), [2])
+        self.assertLess((masks.mean(0) - 0.5).abs().max().item(), 0.05)
+        self.assertEqual(len({tuple(m) for m in masks.tolist()}), 6)  # 2 of 4
+        self.assertFalse(torch.equal(model(torch.zeros(2000, 3, 16, 16), 0.5)[2], masks))
+
+    def test_mask_kinds(self):
+        rng, grid, B = np.random.default_rng(0), 8, 200
+        rows, columns = np.mgrid[:grid, :grid].reshape(2, -1)
+
+        def removed(kind, ratio):
+            noise = self.mae.mask_noise(kind, rng, B, grid)
+            self.assertEqual((noise.shape, noise.dtype), ((B, 64), np.float32))
+            return np.argsort(noise, axis=1)[:, int(64 * (1 - ratio)):]
+
+        kept = np.zeros(64)
+        for gone in removed("random", 0.75):
+            kept[np.setdiff1d(np.arange(64), gone)] += 1
+        self.assertLess(abs(kept / B - 0.25).max(), 0.15)
+        first = collections.Counter()
+        for gone in removed("grid", 0.75):  # of each 2 × 2 patches the same one stays
+            left = np.setdiff1d(np.arange(64), gone)
+            [kind] = {(r % 2, c % 2) for r, c in zip(rows[left], columns[left])}
+            self.assertEqual(len({(r // 2, c // 2) for r, c in zip(rows[left], columns[left])}), 16)
+            first[kind] += 1
+        self.assertTrue(len(first) == 4 and min(first.values()) > B / 8, first)
+        for gone in removed("grid", 0.5):
+            self.assertEqual(len({(r % 2, c % 2) for r, c in zip(rows[gone], columns[gone])}), 2)
+        tall, centres = 0, set()
+        for gone in removed("block", 0.4):  # a rectangle without holes, its last row or column begun
+            r, c = rows[gone], columns[gone]
+            box = (np.ptp(r) + 1) * (np.ptp(c) + 1)
+            self.assertLess(box - len(gone), max(np.ptp(r), np.ptp(c)) + 1)
+            tall += np.ptp(r) > np.ptp(c)
+            centres.add((int(r.mean()), int(c.mean())))
+        self.assertTrue(B / 4 < tall < 3 * B / 4 and len(centres) > 8, (tall, centres))
+        long = [0, 0]
+        for gone in removed("block", 0.2):  # away from the borders: from square to three times as long as wide
+            sides = sorted((np.ptp(rows[gone]) + 1, np.ptp(columns[gone]) + 1))
+            if all(0 < t.min() and t.max() < 7 for t in (rows[gone], columns[gone])):
+                long[0] += sides[1] >= 2 * sides[0]
+                long[1] += sides[1] <= 1.5 * sides[0]
+        self.assertGreater(min(long), 1)
+
+    def test_wrong_sizes(self):
+        for sizes in ((30, 4, 24, 1, 3, 16, 1, 2), (32, 4, 24, 1, 5, 16, 1, 2), (32, 4, 24, 1, 3, 16, 1, 3),
+                      (32, 4, 18, 1, 3, 16, 1, 2)):
+            with self.assertRaises(ValueError):
+                self.mae.MAE(*sizes)
+        model, x = self.mae.MAE(16, 8, 8, 1, 2, 8, 1, 2), torch.zeros(1, 3, 16, 16)
+        for images, ratio in ((x, 0.9), (x, 0), (x, 1e-17), (x, -1), (torch.zeros(1, 3, 24, 24), 0.5)):
+            with self.assertRaises(ValueError):
+                model(images, ratio)
+
+    def test_initial_weights(self):
+        """Xavier's bound, q, k and v as one matrix and the patch projection flat; tokens of deviation .02."""
+        model = self.mae.MAE(32, 4, 192, 1, 3, 128, 1, 4)
+        w = model.state_dict()
+        self.assertEqual(len(w), 38)
+        for name, t in w.items():
+            if name.endswith("_token"):
+                self.assertTrue(0.015 < t.std().item() < 0.025, name)
+            elif t.dim() > 1 and "pos_embed" not in name:
+                rows, columns = t.flatten(1).shape
+                bound = (6 / (rows + columns)) ** 0.5
+                self.assertLessEqual(t.abs().max().item(), bound, name)
+                self.assertGreater(t.abs().max().item(), 0.98 * bound, name)
+                self.assertLess(abs(t.std().item() / bound * 3**0.5 - 1), 0.03, name)
+            elif t.dim() == 1 and name != "patch_embed.proj.bias":
+                self.assertEqual(t.unique().tolist(), [1.0 if "norm" in name and "weight" in name else 0.0], name)
+
+    # official weights
+
+    def pth(self, name, w, **more):
+        torch.save({"model": w, **more}, self.dir / name)
+        return self.dir / name
+
+    def test_official_shapes(self):
+        """A state dict of the published names and shapes loads strictly, and gives what a loop makes of it."""
+        with torch.device("meta"):
+            model = self.mae.MAE(224, 16, 768, 12, 12, 512, 8, 16)
+        want = official_mae_shapes(768, 12, 16, 224, 512, 8)
+        self.assertEqual({k: tuple(t.shape) for k, t in model.state_dict().items()}, want)
+        w = random_vit(official_mae_shapes(128, 2, 8, 24, 64, 1))
+        x, noise = torch.randn(2, 3, 24, 24), torch.rand(2, 9)
+        for name, normalised in (("mae_visualize_small.pth", False), ("full.pth", True)):
+            model = self.mae.MAE.from_pretrained(self.pth(name, w, epoch=3))
+            self.assertEqual((model.fresh_decoder, model.norm_pix_loss), (False, normalised))
+            got = model(x, 0.5, noise)
+            want = slow_mae({k: t.double() for k, t in w.items()}, x.double(), noise, 0.5, 2, 2, normalised)
+            for a, b in zip(got, want):
+                self.close(a, b, 1e-5)
+            self.same({k: model.state_dict()[k] for k in w}, w)
+        encoder = {k: t for k, t in w.items() if not k.startswith(("decoder", "mask_token"))}
+        model = self.mae.MAE.from_pretrained(self.pth("encoder.pth", encoder), decoder_dim=32, decoder_depth=2,
+                                             decoder_heads=4)
+        self.assertTrue(model.fresh_decoder)
+        self.same({k: model.state_dict()[k] for k in encoder}, encoder)
+        self.assertEqual(len(model.decoder_blocks), 2)
+
+    def test_official_refused(self):
+        """Anything missing but a whole decoder, or more, or of another shape; what is no state dict; code."""
+        w, name = random_vit(official_mae_shapes(64, 1, 8, 24, 32, 1)), "mae_visualize.pth"
+        for change in (lambda w: w.pop("norm.weight"), lambda w: w.pop("decoder_norm.bias"),
+                       lambda w: w.pop("mask_token"), lambda w: w.pop("decoder_blocks.0.attn.qkv.bias"),
+                       lambda w: w.update(more=torch.ones(1)), lambda w: w.update(pos_embed=torch.ones(1, 9, 64)),
+                       lambda w: w.update({"norm.bias": torch.ones(65)}), lambda w: w.pop("cls_token")):
+            wrong = dict(w)
+            change(wrong)
+            self.bad("--reconstruct", self.pth(name, wrong), "--out", self.dir / "o", says=name)
+        marker = self.dir / "marker"
+        for content in ({**w, "norm.bias": Evil(marker)}, [1, 2], {"a": 1}, {k: 1 for k in w},
+                        random_weights({"conv1.weight": (4, 3, 3, 3)})):
+            self.bad("--reconstruct", self.pth(name, content), "--out", self.dir / "o", says=name)
+        (self.dir / name).write_bytes(self.pth("x", w).read_bytes()[:5000])
+        self.bad("--reconstruct", self.dir / name, says=name)
+        self.assertFalse(marker.exists())
+        encoder = {k: t for k, t in w.items() if not k.startswith(("decoder", "mask_token"))}
+        self.bad("--reconstruct", self.pth("e.pth", encoder), says=("e.pth", "decoder"))
+
+    def test_official_download(self):
+        """A name downloads the file from its publisher, unless its hash differs."""
+        w, asked, get = random_vit(official_mae_shapes(64, 1, 16, 32)), [], self.mae.requests.get
+        body = self.pth("x", w).read_bytes()
+        server = Server(self, dict(body=body))
+
+        def redirected(url, **how):
+            asked.append(url)
+            return get(server.url, **how)
+
+        name, data = "mae_pretrain_vit_base", self.dir / "data"
+        published = "https://dl.fbaipublicfiles.com/mae/pretrain/mae_pretrain_vit_base.pth"
+        with mock.patch.object(self.mae.requests, "get", redirected), \
+                contextlib.redirect_stderr(io.StringIO()) as err:
+            with self.assertRaisesRegex(ValueError, "md5"):
+                self.mae.MAE.from_pretrained(name, data)
+            self.assertEqual([*data.iterdir()], [])
+            mine = f"md5:{hashlib.md5(body).hexdigest()[:6]}"
+            for checksum in (mine, None):
+                with mock.patch.dict(self.mae.OFFICIAL, {name: (published, checksum)}):
+                    model = self.mae.MAE.from_pretrained(name, data)
+                    (data / f"{name}.pth").unlink()
+        self.assertIn(f"of {len(body) / 1e6:.1f} MB", err.getvalue())
+        self.assertEqual(asked, [published] * 3)
+        self.assertTrue(model.fresh_decoder and model.norm_pix_loss)
+        for name, (address, checksum) in self.mae.OFFICIAL.items():
+            self.assertEqual(address.split("/")[-2:], [name.split("_")[1], f"{name}.pth"])
+            self.assertRegex(checksum or "md5:0", r"\Amd5:[0-9a-f]+\Z")
+
+    def test_reconstruct(self):
+        """The sheet: each image, what is left of it, and that with the gaps as predicted; the rest is untouched."""
+        w = random_vit(official_mae_shapes(64, 1, 8, 32, 32, 1))
+        w["decoder_pred.weight"].zero_()
+        w["decoder_pred.bias"].zero_()  # predicts the mean: of all images, or with normalised pixels of the patch
+        images, labels = self.draw(60, 2)
+        first = [labels.tolist().index(k) for k in range(10)]
+        for name, normalised in (("mae_visualize.pth", False), ("full.pth", True)):
+            status, out, err = run("mae", "--reconstruct", self.pth(name, w), "--out", self.dir, "--mask_ratio", 0.5)
+            self.assertEqual((status, err), (0, ""))
+            self.assertIn("original, what is left, rebuilt" + " (with each true patch's" * normalised, out)
+            sheet = slow_png(self.dir / "reconstruct.png")
+            self.assertEqual(sheet.shape, (4 + 5 * 100, 4 + 6 * 100, 3))
+            for n, index in enumerate(first):
+                row = sheet[4 + n // 2 * 100:][:96:3].astype(int)
+                true, left, rebuilt = (row[:, 4 + 100 * (3 * (n % 2) + k):][:, :96:3] for k in range(3))
+                image = images[index].permute(1, 2, 0).numpy().astype(int)
+                self.assertLessEqual(abs(true - image).max(), 1)
+                gaps = 0
+                for i, j in itertools.product(range(0, 32, 8), range(0, 32, 8)):
+                    part = image[i:i + 8, j:j + 8]
+                    if (left[i:i + 8, j:j + 8] == 128).all():
+                        gaps += 1
+                        m, s = map(np.array, self.mae.CIFAR10_STATS)
+                        mean = 255 * (m + s * ((part / 255 - m) / s).mean() * normalised)
+                        self.assertLessEqual(abs(rebuilt[i:i + 8, j:j + 8] - mean.clip(0, 255)).max(), 1)
+                    else:
+                        self.assertLessEqual(abs(left[i:i + 8, j:j + 8] - part).max(), 1)
+                        self.assertLessEqual(abs(rebuilt[i:i + 8, j:j + 8] - part).max(), 1)
+                self.assertEqual(gaps, 8)
+
+    def test_picture(self):
+        path = self.pth("mae_visualize.pth", random_vit(official_mae_shapes(64, 1, 8, 32, 32, 1)))
+        red, green = bytes([255, 0, 0]), bytes([0, 200, 0])
+        (self.dir / "x.ppm").write_bytes(b"P6 40 60 255\n" + 400 * red + 1600 * green + 400 * red)
+        flags = ["--reconstruct", path, "--picture", self.dir / "x.ppm", "--out", self.dir]
+        with mock.patch.dict(sys.modules, PIL=None):
+            self.bad(*flags, says="pip install pillow")
+        self.bad(*flags[:2], "--picture", self.dir / "none.jpg", says="none.jpg")
+        self.bad(*flags[2:], says="--reconstruct")
+        try:
+            import PIL.Image
+        except ImportError:
+            self.skipTest("no pillow")
+        self.assertEqual(run("mae", *flags)[0], 0)
+        sheet = slow_png(self.dir / "reconstruct.png")
+        self.assertEqual((sheet.shape, sheet[20:80, 20:80].reshape(-1, 3).tolist()),  # the middle of the picture
+                         ((104, 304, 3), [[0, 200, 0]] * 3600))
+        self.bad(*flags[:2], "--picture", path, says="mae_visualize.pth")
+
+    # evaluation
+
+    def clusters(self, n, C=6, classes=4, noise=0.8, seed=0):
+        """Features around a centre for each class, and labels."""
+        g = torch.Generator().manual_seed(seed)
+        centres = torch.randn(classes, C, generator=torch.Generator().manual_seed(99)).double()
+        y = torch.arange(n) % classes
+        return centres[y] + noise * torch.randn(n, C, generator=g).double() + 0.3, y
+
+    def test_knn(self):
+        """Against a loop; on features that lie apart all are right; k may be more than there are."""
+        train, test = self.clusters(50), self.clusters(37, seed=1)
+        scores = set()
+        for k, t in ((1, 0.07), (5, 0.07), (20, 0.07), (20, 1.0), (50, 0.02), (80, 0.07)):
+            got = self.mae.knn_accuracy(*train, *test, k=k, temperature=t)
+            self.assertEqual(got, slow_knn(*train, *test, k, t))
+            scores.add(got)
+        self.assertGreater(len(scores), 2)
+        self.assertEqual(self.mae.knn_accuracy(*train, *test), slow_knn(*train, *test, 20, 0.07))
+        longer = 10 ** torch.randn(50, 1).double() * train[0]  # lengths are of no account
+        self.assertEqual(self.mae.knn_accuracy(longer, train[1], *test), slow_knn(*train, *test, 20, 0.07))
+        self.assertEqual(self.mae.knn_accuracy(*self.clusters(50, noise=0.05), *self.clusters(1500, noise=0.05)), 1.0)
+        swapped = train[0][:1].repeat(3, 1) + torch.tensor([[0.0], [0.1], [0.2]])
+        self.assertEqual(self.mae.knn_accuracy(swapped, torch.tensor([2, 1, 1]), swapped[:1], torch.tensor([2]), k=3,
+                                               temperature=100.0), 0.0)  # all but equal weights: the most
+
+    def test_probe(self):
+        """Against torch's modules, one rate and several; the rate is chosen on validation features, not on test."""
+        scale = torch.tensor([1, 1e-2, 100, 1, 1, 0.0]).double()  # of no account; the last is the same for all
+        parts = [(z * scale, y) for z, y in (self.clusters(n, seed=n) for n in (60, 40, 400))]
+        flat, rates = sum(parts, ()), (1e-4, 1e-3, 0.01, 0.1, 3.0)
+        want = slow_probe(*flat, rates, 30)
+        got = [self.probe(*flat, rates=(rate,), at_least=30) for rate in rates]
+        self.assertEqual(got, [test for _, test in want])
+        self.assertGreater(len(set(got)), 3)
+        best = max(range(5), key=lambda i: want[i][0])
+        self.assertEqual(self.probe(*flat, rates=rates, at_least=30), want[best][1])
+        wrong = (flat[0], flat[1], flat[2], (flat[3] + 1) % 4, *flat[4:])  # validation says otherwise
+        want = slow_probe(*wrong, rates, 30)
+        self.assertEqual(self.probe(*wrong, rates=rates, at_least=30), max(want, key=lambda a: a[0])[1])
+        easy = [self.clusters(900, noise=0.05, seed=s) for s in range(3)]
+        self.assertEqual(self.probe(*sum(easy, ())), 1.0)
+        self.assertEqual(*(self.probe(*flat, batch_size=7, rates=(1e-3,), at_least=9) for _ in range(2)))
+
+    def test_probe_batches(self):
+        """Small batches pass over all features in each epoch, and epochs count when they are more than at_least."""
+        z, y = self.clusters(103)
+        seen, permute = [], torch.randperm
+
+        def counted(n, generator):
+            seen.append(permute(n, generator=generator))
+            return seen[-1]
+
+        with mock.patch.object(torch, "randperm", counted):
+            self.probe(z, y, z, y, z, y, batch_size=10, epochs=3, at_least=5)
+        self.assertEqual(len(seen), 3)  # 30 steps, 10 in an epoch
+        self.assertEqual(len({tuple(order.tolist()) for order in seen}), 3)
+
+    def test_rankme(self):
+        """Of known spectra; features are neither centred nor scaled."""
+        q = torch.linalg.qr(torch.randn(200, 12).double())[0]
+        self.assertAlmostEqual(self.mae.rankme(q), 12, delta=1e-3)
+        self.assertAlmostEqual(self.mae.rankme(5 * q[:, :4] @ torch.linalg.qr(torch.randn(9, 4).double())[0].T), 4,
+                               delta=1e-3)  # 4 directions in 9 dimensions
+        self.assertAlmostEqual(self.mae.rankme(torch.ones(50, 7)), 1, delta=1e-3)
+        s = 0.5 ** torch.arange(12).double()
+        p = [v / sum(s.tolist()) + 1e-7 for v in s.tolist()]
+        self.assertAlmostEqual(self.mae.rankme(q * s), math.exp(-sum(v * math.log(v) for v in p)), delta=1e-6)
+        z = torch.randn(40, 5).double() + 3
+        self.assertLess(self.mae.rankme(z) + 0.5, self.mae.rankme(z - z.mean(0)))
+
+    def test_spread(self):
+        z = torch.randn(30, 5).double()
+        unit = [[v / math.hypot(*row) for v in row] for row in z.tolist()]
+        self.assertAlmostEqual(self.mae.spread(z),
+                               sum(statistics.stdev(column) for column in zip(*unit)) / 5 * 5**0.5, 12)
+        self.assertAlmostEqual(self.mae.spread(torch.randn(9000, 40)), 1, delta=0.02)
+        self.assertLess(self.mae.spread(torch.ones(30, 5) * torch.rand(30, 1)), 1e-6)
+
+    def test_probe_encoders(self):
+        """What the table says is what its parts say of the features, in the encoder's dtype and not its batches."""
+        splits = [(self.images(n, 8, seed=n), 3 * torch.arange(n) // n) for n in (90, 40, 50)]
+        layer = nn.Linear(192, 5)
+
+        def encode(x):
+            self.assertLessEqual(len(x), 500)
+            return layer(x.flatten(1))
+
+        stats, off = self.mae.CIFAR10_STATS, torch.autocast("cpu", enabled=False)
+        with mock.patch.object(self.mae, "linear_probe", self.probe):
+            got = self.mae.probe_encoders({"a": encode, "pixels": lambda x: x.flatten(1)}, stats, *splits,
+                                          (1.0, 0.1), off)
+        self.assertEqual([*got], ["a", "pixels"])
+        for name, scores in got.items():
+            z = [self.mae.normalise(x, stats).flatten(1) for x, _ in splits]
+            z = [layer(t).detach() for t in z] if name == "a" else z
+            y = [y for _, y in splits]
+            few = torch.cat([(y[0] == k).nonzero().flatten()[:3] for k in range(3)]).sort().values
+            self.assertEqual(scores, dict(
+                knn=self.mae.knn_accuracy(z[0], y[0], z[2], y[2]),
+                linear=self.probe(z[0], y[0], z[1], y[1], z[2], y[2]),
+                **{"linear_10%": self.probe(z[0][few], y[0][few], z[1], y[1], z[2], y[2])},
+                rankme=self.mae.rankme(z[2]), std=self.mae.spread(z[2])))
+        table = [line.split() for line in self.mae.probe_table(got).splitlines()]
+        self.assertEqual(table[0], ["knn", "linear", "linear_10%", "rankme", "std"])
+        self.assertEqual(table[2], ["pixels", *(f"{v:.4f}" for v in got["pixels"].values())])
+        z = self.mae.cached_features(encode, self.images(1203, 8), stats, torch.autocast("cpu", torch.bfloat16))
+        self.assertEqual((z.shape, z.dtype), ((1203, 5), torch.float32))
+        self.close(z, layer(self.mae.normalise(self.images(1203, 8), stats).flatten(1)), 0.05)
+
+    # training
+
+    def test_batches(self):
+        """A batch depends on (seed, step, slot) alone; its images are shifted, mirrored ones; masks are its own."""
+        images, c = self.images(40, 32), self.config(crop=2)
+        stats = self.mae.CIFAR10_STATS
+
+        def batch(c, *where):
+            torch.manual_seed(int(torch.randint(99, (1,))))
+            return self.mae.masked_batch(c, images, stats, 4, *where)
+
+        a = batch(c, 3, 0, 1)
+        self.same(a, batch(c, 3, 0, 1))
+        self.assertEqual((a[0].shape, a[1].shape, a[1].dtype), ((8, 3, 32, 32), (8, 16), torch.float32))
+        others = [batch(c, 4, 0, 1), batch(c, 3, 1, 2), batch(dataclasses.replace(c, seed=1), 3, 0, 1)]
+        for other in others:
+            self.assertFalse(torch.equal(a[1], other[1]) or torch.equal(a[0], other[0]))
+        padded = F.pad(self.mae.normalise(images, stats), [2] * 4, mode="reflect")
+        windows = {}
+        for n, dy, dx in itertools.product(range(40), range(5), range(5)):
+            view = padded[n, :, dy:dy + 32, dx:dx + 32]
+            for mirror in (False, True):
+                windows[(view.flip(2) if mirror else view)[0, :4, :4].numpy().tobytes()] = (n, mirror)
+        drawn_ = [windows[x[0, :4, :4].contiguous().numpy().tobytes()] for step in range(5)
+                  for x in batch(c, step, 0, 1)[0]]
+        self.assertEqual(sorted(n for n, _ in drawn_), list(range(40)))  # an epoch
+        self.assertTrue(5 < sum(mirror for _, mirror in drawn_) < 35)
+        plain = batch(dataclasses.replace(c, crop=0, flip=False), 0, 0, 1)[0]
+        self.assertTrue(all(any(torch.equal(x, y) for y in self.mae.normalise(images, stats)) for x in plain))
+
+    def test_groups(self):
+        """Decay on weights of layers alone; AdamW's betas; the rate is base · batch / 256, of all ranks together."""
+        model = self.mae.MAE(32, 8, 16, 1, 2, 8, 1, 2)
+        optimizer = self.mae.decay_weights(model, 0.3)
+        names = {id(p): name for name, p in model.named_parameters()}
+        decayed, others = ({names[id(p)] for p in group["params"]} for group in optimizer.param_groups)
+        self.assertEqual([g["weight_decay"] for g in optimizer.param_groups], [0.3, 0])
+        self.assertEqual([g["betas"] for g in optimizer.param_groups], [(0.9, 0.95)] * 2)
+        self.assertEqual(decayed | others | {"pos_embed", "decoder_pos_embed"}, set(names.values()))
+        self.assertEqual(others, {n for n in names.values() if n.endswith("_token") or n.endswith("bias")
+                                  or "norm" in n})
+        c = self.config(batch_size=4, grad_accum=2, lr=0.64, warmup=0, steps=10)
+        self.mae.mae_step(model, model, optimizer, contextlib.nullcontext(), self.images(9), c, 5, 10, 0, 1)
+        self.assertAlmostEqual(optimizer.param_groups[1]["lr"], 0.64 * 8 / 256 / 2)  # half-way down the cosine
+
+    def test_overfits(self):
+        """One batch, one mask: random colours are learned by heart."""
+        c = self.config(batch_size=8, crop=0, flip=False, lr=0.16, warmup=10, weight_decay=1e-9, mask="block")
+        model = self.mae.MAE(32, 8, 64, 1, 4, 64, 1, 4, norm_pix_loss=False)
+        optimizer, batch = self.mae.decay_weights(model, 0.0), self.mae.masked_batch
+        images = self.images(8, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)  # a colour for each patch
+        with mock.patch.object(self.mae, "masked_batch", lambda c, *a: batch(c, *a[:3], 0, 0, 1)):
+            losses = [self.mae.mae_step(model, model, optimizer, contextlib.nullcontext(), images, c, step, 180, 0, 1)
+                      for step in range(180)]
+        self.assertLess(losses[-1].item(), losses[0].item() / 40)
+
+    def test_run(self):
+        """What a run leaves: val loss under fixed masks, best.pt by the probe, random init and pixels beside it."""
+        a = self.train("a", "--eval_every", 3, "--lr", 0.05)
+        looks = [row for row in a.rows if "val_loss" in row]
+        self.assertEqual([row["step"] for row in looks], [0, 3, 6, 9, 12])
+        for row in looks:
+            self.assertLessEqual({"knn", "linear", "rankme", "std", "knn_random_init", "linear_random_init",
+                                  "knn_pixels", "linear_pixels", "seconds"}, set(row))
+        for key in ("knn", "linear"):  # before the first step it is at random init
+            self.assertEqual({row[f"{key}_random_init"] for row in looks}, {looks[0][key]})
+        best = torch.load(a.out / "best.pt", weights_only=True)
+        self.assertEqual(best["best"], max(row["linear"] for row in looks))
+        self.assertEqual([row["linear"] for row in looks if row["step"] == best["step"]], [best["best"]])
+        found = iter((0.1, 0.3, 0.2))
+        with mock.patch.object(self.mae, "evaluate", lambda *_: dict(val_loss=1.0, knn=0.1, linear=next(found))):
+            self.assertEqual(torch.load(self.train("best").out / "best.pt", weights_only=True)["step"], 6)
+        last = a.rows[-1]
+        for name in ("", "_random_init", "_pixels"):
+            for key in ("knn", "linear", "linear_10%", "linear_1%", "rankme", "std"):
+                self.assertIn(f"test_{key}{name}", last)
+        model = self.mae.MAE(**a.ckpt["model_config"])
+        model.load_state_dict(a.ckpt["model"])
+        (x, y), c = self.draw(60, 2), self.mae.Config(**a.ckpt["config"])
+        scores = self.mae.evaluate(model, self.draw(240, 1), (x, y), c, contextlib.nullcontext())
+        self.assertEqual({k: looks[-1][k] for k in scores}, scores)
+        noise = torch.from_numpy(self.mae.mask_noise("random", np.random.default_rng(0), 60, 4))
+        with torch.no_grad():
+            self.assertAlmostEqual(scores["val_loss"], model(self.mae.normalise(x, model.stats), c.mask_ratio,
+                                                             noise)[0].item(), 5)
+        self.assertEqual(slow_png(a.out / "reconstructions.png").shape, (504, 604, 3))
+        self.assertIn("features: mean of the patches", a.text)
+        b = self.train("b", "--norm_pix_loss", "--pool", "cls", "--steps", 1)
+        self.assertIn("true patch's mean", b.text)
+        self.assertIn("features: the class token", b.text)
+
+    def test_resume(self):
+        """12 steps are 6, stop, resume, 6 more: bit for bit, with every kind of mask."""
+        for kind in (["--mask", "block", "--norm_pix_loss", "--pool", "cls"],
+                     ["--mask", "grid", "--grad_accum", 2, "--no-class_token"]):
+            a = self.train("a", *kind)
+            b = self.train("b", *kind, "--stop_at", 6)
+            self.assertEqual((b.ckpt["step"], b.rows[-1]["step"]), (6, 6))
+            self.assertFalse(torch.equal(*(r.ckpt["model"]["mask_token"] for r in (a, b))))
+            with open(b.out / "log.jsonl", "a") as file:  # what a killed run may have left
+                file.write('{"step": 8, "loss": 9.0}\n{"step": 9, "lo')
+            b = self.train("b", "--resume", tiny=False)
+            self.same_run(a, self.look(b.out))
+            self.assertEqual(sum("final" in row for row in b.rows), 1)
+            self.assertEqual(*({k: v for k, v in r.ckpt["config"].items() if k not in ("out", "resume")}
+                               for r in (a, b)))
+            shutil.rmtree(a.out)
+            shutil.rmtree(b.out)
+
+    def test_evaluation_changes_nothing(self):
+        runs = [self.train(f"e{every}", "--eval_every", every, "--log_every", log)
+                for every, log in ((3, 2), (12, 5))]
+        for key in ("model", "optimizer"):
+            self.same(*(run_.ckpt[key] for run_ in runs))
+        self.assertNotEqual(self.train("s", "--seed", 7).losses, self.train("t").losses)
+
+    def test_full_train(self):
+        """Pre-training sees the validation images too; probes are as they were."""
+        a, b = self.train("a", "--steps", 1), self.train("b", "--steps", 1, "--full_train")
+        self.assertIn("240 images", a.text)
+        self.assertIn("300 images", b.text)
+        self.assertEqual(*({k: v for k, v in r.rows[0].items() if k != "seconds"} for r in (a, b)))
+        self.assertIn("| 20 images", self.train("c", "--steps", 1, "--labels", 0.1).text)  # 2 of each class
+
+    def test_torchrun(self):
+        """Two processes update as one does with twice the accumulation; the checkpoint's names are plain."""
+        (self.dir / "two.py").write_text("import sys\nimport tests\nwith tests.small_mae():\n"
+                                         "    import mae\n    sys.exit(mae.main(sys.argv[1:]))\n")
+        flags = [*self.tiny, "--steps", 6]
+        done = child("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", self.dir / "two.py", *flags,
+                     "--out", self.dir / "two", cwd=self.dir)
+        self.assertEqual(done.returncode, 0, done.stderr[-2000:])
+        one, two = self.train("one", *flags, "--grad_accum", 2), self.look(self.dir / "two")
+        self.assertEqual(list(one.ckpt["model"]), list(two.ckpt["model"]))
+        for name, p in one.ckpt["model"].items():
+            self.assertLess((p - two.ckpt["model"][name]).abs().max().item(), 2e-6, name)
+        for step, loss in one.losses.items():
+            self.assertAlmostEqual(loss, two.losses[step], delta=1e-5)
+        self.assertEqual([r["lr"] for r in one.rows if "lr" in r], [r["lr"] for r in two.rows if "lr" in r])
+        self.assertEqual(done.stdout.count("step 6/6 | loss"), 1)  # one process speaks
+
+    def test_ctrl_c(self):
+        """Between two steps: a checkpoint, how to go on, status 130; and the run goes on bit for bit."""
+        a, batch, calls = self.train("a"), self.mae.masked_batch, []
+
+        def interrupted(*args):
+            calls.append(1)
+            if len(calls) == 4:
+                signal.raise_signal(signal.SIGINT)
+            return batch(*args)
+
+        handler = signal.getsignal(signal.SIGINT)
+        with mock.patch.object(self.mae, "masked_batch", interrupted):
+            b = self.train("b", status=130)
+        self.assertIs(signal.getsignal(signal.SIGINT), handler)
+        self.assertEqual((b.ckpt["step"], len(calls)), (4, 4))
+        command = re.search(r"python mae\.py (.*--resume.*)", b.text)[1]
+        self.assertEqual(run("mae", *shlex.split(command))[0], 0)
+        b = self.look(b.out)
+        for key in ("model", "optimizer", "best"):
+            self.same(a.ckpt[key], b.ckpt[key], key)
+        self.assertEqual(a.val, b.val)
+
+    def test_not_finite(self):
+        """The run stops with status 1, names the step, and keeps the last good checkpoint."""
+        out = self.dir / "o"
+        status, _, err = run("mae", *self.tiny, "--out", out, "--lr", 9e18, "--warmup", 0, "--log_every", 1)
+        self.assertEqual(status, 1, err)
+        self.assertRegex(err, r"\Amae\.py: [^\n]*(nan|inf)[^\n]* step 1\b[^\n]*\n\Z")
+        saved = torch.load(out / "ckpt.pt", weights_only=True)
+        self.assertEqual(saved["step"], 0)
+        self.assertTrue(all(p.isfinite().all() for p in saved["model"].values()))
+
+    def test_low_precision(self):
+        a, b = (self.train(dtype, "--dtype", dtype, "--lr", 0.02) for dtype in ("float32", "bfloat16"))
+        for step, loss in a.losses.items():
+            self.assertAlmostEqual(loss, b.losses[step], delta=0.02 * loss)
+        self.assertNotEqual(a.losses, b.losses)
+        self.assertEqual({p.dtype for p in b.ckpt["model"].values()}, {torch.float32})
+
+    def test_encoder_in_vit(self):
+        """vit.py gets the same features from the checkpoint, and goes on from it; so does --init here."""
+        import vit
+        x = self.mae.normalise(self.images(5), self.mae.CIFAR10_STATS)
+        for flags, pool in (([], "cls"), (["--no-class_token", "--pool", "mean"], "mean")):
+            a = self.train(pool, "--steps", 3, *flags)
+            model = self.mae.MAE(**a.ckpt["model_config"])
+            model.load_state_dict(a.ckpt["model"])
+            for other in (vit.ViT.from_pretrained(a.out / "ckpt.pt"),
+                          vit.ViT(**a.ckpt["encoder_config"], num_classes=10)):
+                other.load_state_dict(a.ckpt["encoder"] | {"head.weight": torch.zeros(10, 32),
+                                                           "head.bias": torch.zeros(10)})
+                self.assertEqual((other.pool, other.blocks[0].attn.heads), (pool, 2))
+                with torch.no_grad():
+                    self.same(other.eval().features(x), model.features(x, pool))
+        b = self.train("b", "--init", self.dir / "cls/best.pt", "--steps", 1, "--lr", 1e-12)
+        for name, p in torch.load(self.dir / "cls/best.pt", weights_only=True)["model"].items():
+            self.assertLess((b.ckpt["model"][name] - p).abs().max().item(), 1e-6, name)
+        for flags in (["--dim", 64], ["--decoder_depth", 2], ["--patch_size", 16]):
+            self.bad(*self.tiny, "--init", self.dir / "cls/best.pt", *flags, says=flags[0])
+        self.bad(*self.tiny, "--init", self.dir / "mean/best.pt", "--pool", "cls", says="class token")
+        large = self.train("large", "--steps", 1, "--patch_size", 16)
+        self.bad("--init", large.out / "best.pt", "--mask_ratio", 0.8, says="removes all")  # of four patches
+        alone = self.pth("alone.pth", random_vit(official_mae_shapes(32, 2, 8, 32)))
+        self.bad("--init", alone, "--patch_size", 8, says="without its decoder")
+        # the sizes are the file's where no flag says otherwise
+        status, _, err = run("mae", "--init", self.dir / "mean/best.pt", "--steps", 1, "--out", self.dir / "c",
+                             "--batch_size", 8, "--probe_images", 40, "--pool", "mean")
+        self.assertEqual(status, 0, err)
+        self.assertEqual(self.look(self.dir / "c").ckpt["config"]["decoder_dim"], 16)
+
+    def test_bad_flags(self):
+        for flags in """--mask_ratio 0, --mask_ratio 1, --mask_ratio 0.96, --mask_ratio -0.5, --mask_ratio nan,
+                --mask_ratio 1e-18, --mask_ratio half, --patch_size 5, --patch_size 0, --patch_size 64,
+                --patch_size 16 --mask_ratio 0.9, --mask hexagon, --mask=, --dim 30, --dim 36 --heads 5, --heads 3,
+                --decoder_dim 18, --decoder_heads 3, --depth 0, --decoder_depth 0, --pool max,
+                --pool cls --no-class_token, --lr nan,
+                --lr 0, --lr -1, --lr inf, --weight_decay -1, --warmup -1, --batch_size 0, --grad_accum 0,
+                --epochs 0, --epochs nan, --steps 0, --steps 1.5, --stop_at 0, --eval_every 0, --log_every 0,
+                --probe_images 0, --seed -1, --labels 0, --labels 2, --crop 32, --crop -1, --dtype int8,
+                --device nowhere, --data nowhere, --data=, --out=, --no_such_flag 1, --step 5, --steps, stray,
+                --resume, --resume --init x.pt, --init nowhere.pt, --init=, --init mae_pretrain_vit_base,
+                --reconstruct nowhere.pth, --reconstruct=, --picture x.jpg""".split(","):
+            self.bad(*self.tiny, *flags.split())
+        self.bad("--mask_ratio", 0.97, says=("--mask_ratio", "0.97", "0.95"))
+        self.bad("--patch_size", 5, says=("--patch_size", "5", "32"))
+        self.bad("--resume", "--out", self.dir / "none", says="ckpt.pt")
+        (self.dir / "text.txt").write_text("hello")
+        self.bad(*self.tiny, "--out", self.dir / "text.txt", says="text.txt", status=1)
+        self.bad("--data", self.dir / "nowhere", "--lr", "nan", says="--lr")  # flags come before data
+
+    def test_bad_checkpoints(self):
+        a = self.train("a", "--steps", 2)
+        good, saved = (a.out / "best.pt").read_bytes(), torch.load(a.out / "best.pt", weights_only=True)
+
+        def checkpoint(name, content):
+            torch.save(content, self.dir / name)
+            return self.dir / name
+
+        foreign = [checkpoint("list.pt", [1, 2]), checkpoint("object.pt", Evil(self.dir / "marker")),
+                   checkpoint("arch.pt", saved | dict(model_config=dict(arch="resnet18"))),
+                   checkpoint("vit.pt", saved | dict(model_config=dict(image_size=32, num_classes=10))),
+                   checkpoint("names.pt", saved | dict(model=saved["encoder"] | {"head.bias": torch.ones(1)})),
+                   checkpoint("shape.pt", saved | dict(model=saved["model"] | {"norm.bias": torch.ones(31)}))]
+        foreign += [checkpoint(f"no_{key}.pt", {k: v for k, v in saved.items() if k != key})
+                    for key in ("model", "config", "step", "model_config")]
+        for name, content in (("cut.pt", good[:len(good) // 2]), ("noise.pt", os.urandom(5000)), ("none.pt", b"")):
+            (self.dir / name).write_bytes(content)
+            foreign.append(self.dir / name)
+        for path in foreign:
+            self.bad(*self.tiny, "--init", path, says=path.name)
+        self.assertFalse((self.dir / "marker").exists())
+        self.bad(*self.tiny, "--init", self.pth("w.pth", random_vit(official_mae_shapes(32, 1, 8, 24, 32, 1))),
+                 "--depth", 1, "--decoder_dim", 32, "--decoder_heads", 1, "--heads", 1, says="24")
+        self.bad("--resume", "--out", a.out, "--dim", 64, says="ckpt.pt")
+        (a.out / "ckpt.pt").write_bytes((a.out / "ckpt.pt").read_bytes()[:-999])
+        self.bad("--resume", "--out", a.out, says="ckpt.pt")
+
+    def test_command_line(self):
+        """As a program: the exit status, and one line on stderr."""
+        done = child(HERE / "mae.py", "--mask_ratio", 2, cwd=self.dir)
+        self.assertEqual((done.returncode, done.stdout, snapshot(self.dir)), (2, "", {}))
+        self.assertRegex(done.stderr, r"\Amae\.py: [^\n]+\n\Z")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# simclr.py
+
+
+def slow_nt_xent(z1, z2, t):
+    """[5] eq. 1 and Algorithm 1, a pair at a time: views 2k and 2k + 1 are of one image."""
+    views = [v / v.square().sum().sqrt() for pair in zip(z1, z2) for v in pair]
+    total = 0
+    for i, j in ((i, i + 1 if i % 2 == 0 else i - 1) for i in range(len(views))):
+        others = sum(((views[i] * views[k]).sum() / t).exp() for k in range(len(views)) if k != i)
+        total = total - ((views[i] * views[j]).sum() / t - others.log())
+    return total / len(views)
+
+
+def slow_moco(q, k, queue, t):
+    """[6] eq. 1, a query at a time."""
+    total = 0
+    for a, b in zip(q, k):
+        positive = ((a * b).sum() / t).exp()
+        total = total - (positive / (positive + sum(((a * c).sum() / t).exp() for c in queue))).log()
+    return total / len(q)
+
+
+def slow_vicreg(z1, z2, invariance, variance, covariance):
+    """[8] eq. 1 to 5, an element at a time, weighed as the authors' code does."""
+    N, D = z1.shape
+    s = sum((z1[n, d] - z2[n, d]) ** 2 for n in range(N) for d in range(D)) / (N * D)
+    v = c = 0
+    for z in (z1, z2):
+        means = [sum(z[n, d] for n in range(N)) / N for d in range(D)]
+        cov = [[sum((z[n, a] - means[a]) * (z[n, b] - means[b]) for n in range(N)) / (N - 1) for b in range(D)]
+               for a in range(D)]
+        v = v + sum((1 - (cov[d][d] + 1e-4).sqrt()).clamp(min=0) for d in range(D)) / D / 2
+        c = c + sum(cov[a][b] ** 2 for a in range(D) for b in range(D) if a != b) / D
+    return invariance * s + variance * v + covariance * c, (s, v, c)
+
+
+def slow_jitter(x, factors, order):
+    """An image's pixels (3, H, W), changed in the order: brightness, contrast, saturation, hue by colorsys."""
+    x = x.clone()
+    grey = lambda p: 0.299 * p[0] + 0.587 * p[1] + 0.114 * p[2]
+    for kind in order:
+        f, mean = factors[kind], sum(grey(x[:, i, j]) for i, j in itertools.product(*map(range, x.shape[1:])))
+        mean = mean / x[0].numel()
+        for i, j in itertools.product(*map(range, x.shape[1:])):
+            p = x[:, i, j].clone()
+            if kind < 3:
+                base = (0, mean, grey(p))[kind]
+                p = f * p + (1 - f) * base
+            else:
+                h, s, v = colorsys.rgb_to_hsv(*p.tolist())
+                p = torch.tensor(colorsys.hsv_to_rgb((h + f) % 1, s, v))
+            x[:, i, j] = p.clamp(0, 1)
+    return x
+
+
+def slow_blur(x, sigma, reach):
+    """A channel (H, W) convolved with a Gaussian, a pixel at a time, its border reflected."""
+    H, W = x.shape
+    around = range(-reach, reach + 1)
+    g = [math.exp(-t * t / (2 * sigma**2)) for t in around]
+    inside = lambda i, n: n - 1 - abs(n - 1 - abs(i))
+    return torch.tensor([[sum(g[a + reach] * g[b + reach] * x[inside(i + a, H), inside(j + b, W)].item()
+                              for a in around for b in around) / sum(g) ** 2 for j in range(W)] for i in range(H)])
+
+
+def slow_lars(p, grads, lr, decay, momentum, trust):
+    """SimCLR's lars_optimizer.py (classic momentum), a step at a time."""
+    v = torch.zeros_like(p)
+    for g in grads:
+        g = g + decay * p if p.dim() > 1 else g
+        ratio = 1.0
+        if p.dim() > 1 and p.norm() > 0 and g.norm() > 0:
+            ratio = trust * p.norm() / g.norm()
+        v = momentum * v + lr * ratio * g
+        p = p - v
+    return p
+
+
+def small_simclr(size=16):
+    """A patch of simclr.py for runs that take a second: few images of size × size pixels, probes of a few steps."""
+    import simclr
+    draw, few = getattr(simclr.make_shapes, "whole", simclr.make_shapes), {10000: 120, 1000: 40, 2000: 40}
+    probe = functools.partial(simclr.linear_probe, epochs=1, at_least=3)
+
+    def shapes(n, seed):
+        x, y = drawn(draw, few.get(n, n), seed)
+        return x[:, :, ::32 // size, ::32 // size], y
+
+    shapes.whole = draw  # for a patch within a patch
+    return mock.patch.multiple(simclr, make_shapes=shapes, linear_probe=probe)
+
+
+class TestSimCLR(Case):
+    @classmethod
+    def setUpClass(cls):
+        import simclr
+        cls.simclr, cls.draw = simclr, staticmethod(simclr.make_shapes)
+        cls.threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+
+    @classmethod
+    def tearDownClass(cls):
+        torch.set_num_threads(cls.threads)
+        drawn.cache_clear()
+
+    def setUp(self):
+        super().setUp()
+        torch.manual_seed(0)
+        patch = small_simclr()
+        patch.start()
+        self.addCleanup(patch.stop)
+        self.tiny = ["--batch_size", 8, "--width", 8, "--head_dim", 16, "--queue", 32, "--bn_splits", 2, "--steps", 6,
+                     "--eval_every", 3, "--log_every", 2, "--warmup", 1, "--dtype", "float32"]
+        self.vit = ["--encoder", "vit", "--width", 16, "--depth", 1]
+
+    # helpers
+
+    def train(self, name, *flags, tiny=True, status=0):
+        """A small run into the folder name: its out, rows of the log, text, checkpoint."""
+        out = self.dir / name
+        got, text, err = run("simclr", *(self.tiny if tiny else ()), "--out", out, *flags)
+        self.assertEqual(got, status, err)
+        return self.look(out, text, err)
+
+    def look(self, out, text="", err=""):
+        rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        return SimpleNamespace(out=out, rows=rows, text=text, err=err,
+                               ckpt=torch.load(out / "ckpt.pt", weights_only=True),
+                               losses={r["step"]: r["loss"] for r in rows if "loss" in r},
+                               knn={r["step"]: r["knn"] for r in rows if "knn" in r})
+
+    def same_run(self, a, b):
+        """The same parameters, buffers, optimiser, best accuracy and logged values, bit for bit."""
+        for key in ("model", "optimizer", "step", "best", "encoder"):
+            self.same(a.ckpt[key], b.ckpt[key], key)
+        timed = ("ms", "seconds", "images_per_s", "peak_mb")
+        self.assertEqual(*([{k: v for k, v in row.items() if k not in timed} for row in r.rows] for r in (a, b)))
+
+    def bad(self, *flags, says=(), status=2):
+        """Bad input: the status, one line on stderr that begins with the script's name, nothing on disk changes."""
+        before = snapshot(self.dir)
+        with self.subTest(flags=" ".join(map(str, flags))[-90:]), folder(self.dir):
+            got, out, err = run("simclr", *flags)
+            self.assertEqual(got, status, err)
+            self.assertRegex(err, r"\Asimclr\.py: [^\n]+\n\Z")
+            for word in [says] if isinstance(says, str) else says:
+                self.assertIn(str(word), err)
+            self.assertNotIn("Traceback", out)
+            self.assertTrue(snapshot(self.dir) == before, "files came, went or changed")
+
+    def config(self, **more):
+        return self.simclr.Config(**{"batch_size": 8, "width": 8, "head_dim": 16, "queue": 32, "bn_splits": 2,
+                                     "steps": 20, "warmup": 3, **more})
+
+    def images(self, n, size=16, seed=0):
+        g = torch.Generator().manual_seed(seed)
+        return torch.randint(0, 256, (n, 3, size, size), generator=g, dtype=torch.uint8)
+
+    def pair(self, c, double=True):
+        """A network as the flags have it, in fp64 and training mode, its norms' weights not all 1."""
+        model, _ = self.simclr.load_pair(c)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+        return (model.double() if double else model).train()
+
+    def step(self, c, model, optimizer, images, step=0, steps=20):
+        return self.simclr.contrastive_step(model, model, optimizer, contextlib.nullcontext(), images, c, step, steps,
+                                            0, 1)
+
+    def double_views(self):
+        """A patch: views in fp64."""
+        views = self.simclr.views
+        return mock.patch.object(self.simclr, "views", lambda *args: views(*args).double())
+
+    # objectives
+
+    def unit(self, *shape, seed=0):
+        g = torch.Generator().manual_seed(seed)
+        return F.normalize(torch.randn(*shape, generator=g, dtype=torch.float64), dim=1)
+
+    def against(self, fast, slow, *tensors, grads=None):
+        """Value and gradients (of the first grads tensors) of two losses."""
+        a = [t.clone().requires_grad_() for t in tensors]
+        b = [t.clone().requires_grad_() for t in tensors]
+        got, want = fast(*a)[0], slow(*b)
+        self.close(got, want, 1e-12)
+        got.backward()
+        want.backward()
+        for x, y in list(zip(a, b))[:grads]:
+            self.close(x.grad, y.grad, 1e-10)
+        return a, got
+
+    def test_nt_xent(self):
+        z1, z2 = (torch.randn(5, 7, dtype=torch.float64) for _ in range(2))
+        for t in (0.1, 0.5, 3):
+            self.against(lambda *z: self.simclr.nt_xent(*z, t), lambda *z: slow_nt_xent(*z, t), z1, z2)
+        loss, scores = self.simclr.nt_xent(z1, z1 + 1e-3 * z2, 0.5)
+        self.assertEqual(scores["accuracy"].item(), 1)
+        self.assertLess(self.simclr.nt_xent(z1, z1.roll(1, 0), 0.5)[1]["accuracy"].item(), 0.3)
+        same = torch.ones(4, 3)  # collapsed: all 2N - 1 candidates alike
+        self.assertAlmostEqual(self.simclr.nt_xent(same, same, 0.5)[0].item(), math.log(7), places=5)
+
+    def test_permutation(self):
+        """The order of the images changes nothing; gradients go along with it; so does swapping the views."""
+        order = torch.randperm(6)
+        z = [torch.randn(6, 5, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+        p = [v.detach()[order].requires_grad_() for v in z]
+        a, b = self.simclr.nt_xent(*z, 0.3)[0], self.simclr.nt_xent(*p, 0.3)[0]
+        (a + 2 * b).backward()
+        self.close(a, b, 1e-13)
+        for v, w in zip(z, p):
+            self.close(2 * v.grad[order], w.grad, 1e-12)
+        self.close(self.simclr.nt_xent(*z[::-1], 0.3)[0], a, 1e-13)
+
+    def test_moco_loss(self):
+        """Value and the queries' gradient; keys and queue get none."""
+        q, k, queue = self.unit(4, 6), self.unit(4, 6, seed=1), self.unit(9, 6, seed=2)
+        for t in (0.07, 0.5):
+            (_, k_, queue_), _ = self.against(lambda *v: self.simclr.moco_loss(*v, t), lambda *v: slow_moco(*v, t),
+                                              q, k, queue, grads=1)
+            self.assertTrue(k_.grad is None and queue_.grad is None)
+        self.assertEqual(self.simclr.moco_loss(q, q, queue, 0.1)[1]["accuracy"].item(), 1)
+
+    def test_vicreg_loss(self):
+        z1, z2 = (torch.randn(5, 4, dtype=torch.float64) * torch.tensor([0.3, 2, 0.01, 0.7]) for _ in range(2))
+        for weights in ((25.0, 25.0, 1.0), (1.0, 3.0, 5.0), (0.0, 1.0, 0.0)):
+            self.against(lambda *z: self.simclr.vicreg_loss(*z, *weights), lambda *z: slow_vicreg(*z, *weights)[0],
+                         z1, z2)
+        loss, scores = self.simclr.vicreg_loss(z1, z2)
+        want, terms = slow_vicreg(z1, z2, 25, 25, 1)
+        self.close(loss, want, 1e-12)
+        for name, term in zip(("invariance", "variance", "covariance"), terms):
+            self.close(scores[name], term, 1e-12, name)
+        flat = torch.ones(4, 3, requires_grad=True)  # collapsed: the gradient stays finite
+        loss, _ = self.simclr.vicreg_loss(flat, flat.detach())
+        self.assertAlmostEqual(loss.item(), 25 * 0.99, places=4)
+        loss.backward()
+        self.assertTrue(flat.grad.isfinite().all())
+
+    def test_precision(self):
+        """bfloat16 vectors are compared in fp32, whatever autocast says; fp64 stays."""
+        z = [torch.randn(32, 16).bfloat16() for _ in range(2)]
+        queue = torch.randn(8, 16).bfloat16()
+        losses = dict(nt_xent=lambda *v: self.simclr.nt_xent(*v, 0.1), vicreg=self.simclr.vicreg_loss,
+                      moco=lambda *v: self.simclr.moco_loss(*v, queue.to(v[0].dtype), 0.7))
+        for name, loss in losses.items():
+            with self.subTest(name):
+                want = loss(*(v.double() for v in z))[0]
+                self.assertEqual(want.dtype, torch.float64)
+                with torch.autocast("cpu", torch.bfloat16):
+                    for got in (loss(*z)[0], loss(*(v.float() for v in z))[0]):
+                        self.assertEqual(got.dtype, torch.float32)
+                        self.close(got, want, 1e-5)
+
+    # moco's queue and keys
+
+    def test_queue(self):
+        """The newest keys stand in place of the oldest; it starts with unit vectors and wraps around."""
+        model = self.pair(self.config(loss="moco", queue=12, batch_size=4), double=False)
+        self.close(model.queue.norm(dim=1), torch.ones(12), 1e-6)
+        start, given = model.queue.clone(), torch.arange(5 * 4 * 16.0).view(5, 4, 16)
+        want = collections.deque(start, maxlen=12)
+        for step, keys in enumerate(given):
+            model.enqueue(keys, step)
+            want.extend(keys)
+            self.assertEqual(model.queue.shape, (12, 16))
+            self.assertEqual(sorted(model.queue[:, 0].tolist()), sorted(k[0].item() for k in want))
+        self.same(model.queue, torch.cat((given[3], given[4], given[2])))
+
+    def test_follow(self):
+        """k ← m k + (1 - m) q, to the bit, for every parameter; nothing else moves."""
+        model = self.pair(self.config(loss="moco"), double=False)
+        for p in model.parameters():
+            p.data = torch.randn(p.shape)
+        before = {k: t.clone() for k, t in model.state_dict().items()}
+        model.follow(0.9)
+        moved = 0
+        for k, t in model.state_dict().items():
+            if k.startswith("key_") and k.removeprefix("key_") in dict(model.named_parameters()):
+                self.same(t, before[k] * 0.9 + before[k.removeprefix("key_")] * (1 - 0.9), k)
+                moved += 1
+            else:
+                self.same(t, before[k], k)
+        self.assertEqual(2 * moved, len([*model.parameters()]))
+
+    def test_moco_step(self):
+        """A step against one by hand: keys by the encoder that has moved already, in shuffled parts; logits against
+        the queue as it was; then its keys stand in the queue, in the images' order."""
+        c = self.config(loss="moco", optimizer="sgd", lr=0.1, warmup=0, weight_decay=0.0)
+        images, step = self.images(40), 5
+        model = self.pair(c)
+        for p in [*model.key_encoder.parameters(), *model.key_head.parameters()]:
+            p.data += 0.05 * torch.randn(p.shape).double()
+        hand = copy.deepcopy(model)
+        with self.double_views():
+            loss = self.step(c, model, self.simclr.make_optimizer(model, c), images, step, 10**9)["loss"]
+            x = self.simclr.views(c, images, step, 8, np.arange(16))
+        for p, k in zip([*hand.encoder.parameters(), *hand.head.parameters()],
+                        [*hand.key_encoder.parameters(), *hand.key_head.parameters()]):
+            k.data = 0.99 * k.data + 0.01 * p.data
+        order = np.random.default_rng((c.seed, 3, step)).permutation(8)
+        for module in hand.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.splits = 1
+        keys = torch.empty(8, 16, dtype=torch.float64)
+        with torch.no_grad():
+            for part in (order[:4], order[4:]):  # two parts, other images than the queries' parts
+                keys[part] = F.normalize(hand.key_head(hand.key_encoder(x[8 + part])), dim=1)
+        self.assertNotEqual({*order[:4]}, {0, 1, 2, 3})
+        q = torch.cat([hand.head(hand.encoder(part)) for part in (x[:4], x[4:8])])
+        want = slow_moco(F.normalize(q, dim=1), keys, hand.queue, c.temperature)
+        self.close(loss, want, 1e-12)
+        want.backward()
+        for (name, p), moved in zip(hand.named_parameters(), model.parameters()):
+            if not name.startswith("key_"):
+                self.close(moved, p - 0.1 * p.grad, 1e-12, name)
+            else:
+                self.close(moved, p, 1e-12, name)
+                self.assertIsNone(moved.grad, name)
+        start = step * 8 % 32
+        self.close(model.queue[start:start + 8], keys, 1e-12)
+        rest = [i for i in range(32) if not start <= i < start + 8]
+        self.same(model.queue[rest], hand.queue[rest])
+
+    def test_shuffled(self):
+        """Keys are made in the order of the step's permutation, another in every step."""
+        c, images, seen = self.config(loss="moco"), self.images(40), []
+        model, views = self.pair(c, double=False), self.simclr.views
+        optimizer = self.simclr.make_optimizer(model, c)
+        with mock.patch.object(self.simclr, "views", lambda *a: seen.append(a[4].tolist()) or views(*a)):
+            for step in range(3):
+                self.step(c, model, optimizer, images, step)
+        for at in seen[::2]:
+            self.assertEqual(at, list(range(8)))
+        self.assertEqual([sorted(at) for at in seen[1::2]], [list(range(8, 16))] * 3)
+        self.assertEqual(len({*map(tuple, seen[1::2]), tuple(range(8, 16))}), 4)
+
+    # gradient cache
+
+    def test_chunks(self):
+        """The loss, scores and gradient of the whole batch, from pieces of it, with a network without batch norm."""
+        x = torch.randn(16, 3, 4, 4, dtype=torch.float64)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(48, 9), nn.Tanh(), nn.Linear(9, 6)).double()
+        for loss, size in itertools.product(("simclr", "vicreg"), (2, 4, 8)):
+            got = []
+            for chunk in (0, size):
+                model.zero_grad()
+                called, encoded = [], []
+                encode = lambda v: encoded.append((len(v), len(called), torch.is_grad_enabled())) or model(v)
+                value, scores = self.simclr.loss_backward(encode, x, self.config(loss=loss, chunk=chunk),
+                                                          lambda: called.append(1))
+                got.append((value, scores, [p.grad.clone() for p in model.parameters()]))
+            self.close(got[1][0], got[0][0], 1e-12)
+            self.close(*(torch.cat([g.flatten() for g in grads]) for *_, grads in got), 1e-11)
+            for a, b in zip(got[1][1].values(), got[0][1].values()):
+                self.close(a, b, 1e-6)
+            n = 8 // size  # passes: without a gradient, then with; last comes before the very last
+            self.assertEqual(encoded, [(2 * size, 0, False)] * n + [(2 * size, 0, True)] * (n - 1) +
+                             [(2 * size, 1, True)])
+
+    def test_chunked_step(self):
+        """A step of the real network: as of a whole batch in which batch norm sees the chunks apart, VICReg's of both
+        views of the same images, SimCLR's of any; running statistics move once."""
+        for loss in ("simclr", "vicreg"):
+            c = self.config(loss=loss, chunk=4, optimizer="sgd", lr=0.1, warmup=0, weight_decay=0.0)
+            model, images = self.pair(c), self.images(40)
+            hand = copy.deepcopy(model)
+            with self.double_views():
+                self.step(c, model, self.simclr.make_optimizer(model, c), images)
+                x = self.simclr.views(c, images, 0, 8, np.arange(16))
+            if loss == "simclr":
+                order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
+                z = torch.empty(16, 16, dtype=torch.float64)
+                for rows in (order[:8], order[8:]):
+                    z[rows] = hand.head(hand.encoder(x[rows]))
+                want = slow_nt_xent(*z.chunk(2), 0.2)
+            else:  # an image's views one after the other, and four images at a time
+                parts = [hand.head(hand.encoder(x[i:i + 4])) for i in (0, 8, 4, 12)]
+                want = slow_vicreg(torch.cat(parts[::2]), torch.cat(parts[1::2]), 25, 25, 1)[0]
+            want.backward()
+            trained = [(p, moved) for p, moved in zip(hand.parameters(), model.parameters()) if p.requires_grad]
+            self.close(torch.cat([(p - moved).flatten() for p, moved in trained]),
+                       torch.cat([0.1 * p.grad.flatten() for p, _ in trained]), 1e-9)
+            for name, t in model.named_buffers():
+                self.close(t.double(), hand.get_buffer(name).double(), 1e-9, name)
+
+    def test_chunks_tell_no_pair(self):
+        """Two views of an image share SimCLR's chunk as often as any two views do; each view is in one chunk."""
+        x, parts = torch.arange(2.0 * 512)[:, None], []
+
+        def encode(v):
+            if torch.is_grad_enabled():
+                parts.append(v.flatten().long())
+            return torch.cat((v, torch.ones_like(v)), dim=1).requires_grad_()
+
+        self.simclr.loss_backward(encode, x, self.config(chunk=128, batch_size=512))
+        self.assertEqual(torch.cat(parts).sort().values.tolist(), list(range(1024)))
+        part = torch.empty(1024)
+        for i, rows in enumerate(parts):
+            part[rows] = i
+        self.assertEqual(len(parts), 4)
+        self.assertAlmostEqual((part[:512] == part[512:]).double().mean().item(), 255 / 1023, delta=0.06)
+
+    # two views
+
+    def test_crop_boxes(self):
+        """Whole pixels inside the image; area and aspect within the limits and all over them; what never fits is the
+        whole image."""
+        top, left, height, width = self.simclr.crop_boxes(np.random.default_rng(0), 20000, 32, 0.2)
+        for v in (top, left, height, width):
+            self.assertTrue((v == v.round()).all())
+        self.assertTrue((top >= 0).all() and (left >= 0).all() and (top + height <= 32).all() and
+                        (left + width <= 32).all())
+        slack = (height + 0.5) * (width + 0.5) - height * width  # sides are rounded
+        area, aspect = height * width / 1024, np.log(width / height)
+        self.assertTrue((area * 1024 >= 0.2 * 1024 - slack).all())
+        inside = np.log((width + 0.5) / (height - 0.5)) - aspect
+        self.assertTrue((abs(aspect) <= math.log(4 / 3) + inside).all())
+        few = np.histogram(area, bins=4, range=(0.2, 1))[0] / 20000
+        self.assertTrue(((0.1 < few) & (few < 0.33)).all(), few)  # big ones fit less often
+        low = aspect[area < 0.6]  # where all fit: log-uniform
+        self.assertAlmostEqual(low.mean(), 0, delta=0.01)
+        self.assertAlmostEqual(low.std(), math.log(4 / 3) / 3**0.5, delta=0.01)
+        free = (height < 30) & (width < 30)
+        for v, size in ((top, height), (left, width)):  # every place as often
+            share = (v / (32 - size))[free]
+            self.assertAlmostEqual(share.mean(), 0.5, delta=0.02)
+            self.assertTrue((share == 0).any() and (share == 1).any())
+        boxes = self.simclr.crop_boxes(np.random.default_rng(0), 2000, 32, 1.0)
+        self.assertTrue((boxes[2:] <= 32).all() and (boxes[2] * boxes[3] > 1000).all())
+        boxes = self.simclr.crop_boxes(np.random.default_rng(0), 500, 32, 1e-6)
+        self.assertTrue((boxes[2:] >= 1).all())
+
+    def test_crop_resize(self):
+        """Against the crop by slicing, resized by F.interpolate, mirrored; the whole image is itself to the bit."""
+        x = torch.rand(7, 3, 16, 16)
+        boxes = torch.tensor([[0, 0, 16, 16], [3, 5, 8, 4], [0, 9, 16, 7], [15, 15, 1, 1], [2, 0, 9, 13],
+                              [1, 1, 2, 15], [0, 0, 16, 16]]).float().T
+        mirror = torch.tensor([False, True, False, True, False, True, True])
+        got = self.simclr.crop_resize(x, boxes, mirror)
+        for i, (top, left, height, width) in enumerate(boxes.T.int().tolist()):
+            want = F.interpolate(x[i:i + 1, :, top:top + height, left:left + width].double(), (16, 16),
+                                 mode="bilinear", align_corners=False)[0]
+            self.close(got[i], want.flip(2) if mirror[i] else want, 1e-5, i)
+        self.same(got[0], x[0])
+        self.same(got[6], x[6].flip(2))
+
+    def test_hue(self):
+        """There and back, and against colorsys; greys, black and white too. A turn and a half is half a turn."""
+        x = torch.rand(2, 3, 6, 6, dtype=torch.float64)
+        x[0, :, 0] = torch.rand(6, dtype=torch.float64)
+        x[0, :, 1], x[0, :, 2] = 0, 1
+        x[0, :, 3] = (torch.rand(3, 6) > 0.5).double()  # pure colours: two channels may share the largest value
+        hsv = self.simclr.rgb_to_hsv(x)
+        want = torch.tensor([[[colorsys.rgb_to_hsv(*p) for p in row] for row in image]
+                             for image in x.permute(0, 2, 3, 1).tolist()], dtype=torch.float64).permute(0, 3, 1, 2)
+        self.close(hsv, want, 1e-12)
+        self.close(self.simclr.hsv_to_rgb(hsv), x, 1e-12)
+        turned = [self.simclr.turn_hue(x, torch.full((2, 1, 1, 1), t)) for t in (0.0, 0.25, 0.5, 1.5, 1 / 3)]
+        self.close(turned[0], x, 1e-12)
+        self.close(turned[2], turned[3], 1e-12)
+        self.close(self.simclr.turn_hue(turned[1], torch.full((2, 1, 1, 1), -0.25)), x, 1e-12)
+        self.close(turned[4], x.roll(1, 1), 1e-6)  # a third: red becomes green
+
+    def test_jitter(self):
+        """Each image against its own loop, in its own order; a place that is left out changes nothing, and so do
+        factors of no strength."""
+        x, n = torch.rand(6, 3, 4, 4), 6
+        factors = torch.rand(n, 4) * torch.tensor([0.8, 0.8, 0.8, 0.2]) + torch.tensor([0.6, 0.6, 0.6, -0.1])
+        orders = np.array([[0, 1, 2, 3], [3, 2, 1, 0], [2, 0, 3, 1], [1, 1, 1, 1], [-1, -1, -1, -1], [-1, 3, -1, 0]])
+        got = self.simclr.colour_jitter(x.clone(), factors, orders)
+        for i, order in enumerate(orders):
+            self.close(got[i], slow_jitter(x[i], factors[i].tolist(), [k for k in order if k >= 0]), 1e-5, i)
+        self.same(got[4], x[4])
+        other = self.simclr.colour_jitter(x.clone(), factors, orders[[1] * n])
+        self.assertGreater((got[0] - other[0]).abs().max(), 1e-3)
+        still = torch.tensor([[1.0, 1, 1, 0]]).repeat(n, 1)
+        self.close(self.simclr.colour_jitter(x.clone(), still, orders), x, 1e-6)
+
+    def test_blur(self):
+        x, sigma = torch.rand(3, 3, 8, 8), torch.tensor([0.1, 0.7, 2.0])
+        big = torch.rand(1, 3, 48, 48)
+        got = self.simclr.gaussian_blur(x, sigma)
+        for i, channel in itertools.product(range(3), range(3)):
+            self.close(got[i, channel], slow_blur(x[i, channel], sigma[i].item(), 1), 1e-5)
+        self.close(self.simclr.gaussian_blur(big, sigma[2:])[0, 0], slow_blur(big[0, 0], 2.0, 2), 1e-5)
+        self.close(self.simclr.gaussian_blur(x, torch.zeros(3)), x, 1e-6)
+
+    def test_views(self):
+        """A view is made of its own draws in the paper's order: crop and mirror, colours, grey, blur; whoever asks, and
+        for however many of them."""
+        c, images = self.config(crop_min=0.2, jitter=1.0, grey=0.3, blur=0.5, seed=3), self.images(40)
+        whole = self.simclr.views(c, images, 2, 10, np.arange(20))
+        self.assertEqual(whole.dtype, torch.float32)
+        at = np.array([3, 19, 10, 7])
+        self.close(self.simclr.views(c, images, 2, 10, at), whole[at], 1e-6)
+        for other in (self.simclr.views(c, images, 3, 10, np.arange(20)),
+                      self.simclr.views(dataclasses.replace(c, seed=4), images, 2, 10, np.arange(20)),
+                      whole.roll(10, 0)):
+            self.assertGreater((other - whole).flatten(1).abs().amax(1).min().item(), 1e-3)
+        index = self.simclr.batch_index(40, 10, 3, 2, 0, 1)[0]
+        rng = np.random.default_rng((3, 2, 2))
+        boxes, mirror = self.simclr.crop_boxes(rng, 20, 16, 0.2), rng.random(20) < 0.5
+        draws, orders = rng.uniform(-1, 1, (20, 4)), rng.permuted(np.tile(np.arange(4), (20, 1)), axis=1)
+        coins, sigma = rng.random((3, 20)), rng.uniform(0.1, 2, 20)
+        mean, std = (torch.tensor(s).view(3, 1, 1) for s in self.simclr.CIFAR10_STATS)
+        for i in range(20):
+            x = self.simclr.crop_resize(images[index[i % 10]][None] / 255, torch.tensor(boxes[:, [i]]),
+                                        torch.tensor(mirror[[i]]))[0]
+            if coins[0, i] < 0.8:
+                x = slow_jitter(x, (draws[i] * [0.8, 0.8, 0.8, 0.2] + [1, 1, 1, 0]).tolist(), orders[i])
+            if coins[1, i] < 0.3:
+                x = (0.299 * x[0] + 0.587 * x[1] + 0.114 * x[2]).expand(3, -1, -1)
+            if coins[2, i] < 0.5:
+                x = torch.stack([slow_blur(channel, sigma[i], 1) for channel in x])
+            self.close(whole[i], (x - mean) / std, 1e-4, i)
+
+    def test_shares(self):
+        """How often a view is mirrored, jittered, grey; crop_flip leaves colours alone, and nothing is left to do at
+        strength 0."""
+        image = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
+        image[:, 0], image[:, 1, :, 8:] = 200, 100  # red, then orange
+        at, n = np.arange(2000), 1000
+        mean, std = (torch.tensor(s).view(3, 1, 1) for s in self.simclr.CIFAR10_STATS)
+
+        def share(seen, **flags):
+            c = self.config(**dict(crop_min=1.0, jitter=0.5, grey=0.2) | flags)
+            x = self.simclr.views(c, image, 0, n, at) * std + mean
+            return torch.stack([seen(v) for v in x]).float().mean().item()
+
+        plain = image[0] / 255
+        whole = lambda v: min((v - plain).abs().max(), (v - plain.flip(2)).abs().max()) < 0.02
+        mirrored = lambda v: v[1, 8, 2] > v[1, 8, 13]
+        grey = lambda v: (v[0] - v[1]).abs().max() < 1e-4
+        self.assertAlmostEqual(share(mirrored, augment="crop_flip"), 0.5, delta=0.05)
+        self.assertAlmostEqual(share(grey, jitter=0.0), 0.2, delta=0.04)
+        self.assertAlmostEqual(share(whole, grey=0.0), 0.2, delta=0.04)  # 0.8 are jittered
+        self.assertGreater(share(whole, augment="crop_flip", blur=1.0), 0.8)  # but for a few aspects
+        self.assertEqual(share(grey, augment="crop_flip", grey=1.0), 0)
+        self.assertEqual(share(whole, jitter=0.0, grey=0.0), share(whole, augment="crop_flip"))
+
+    def test_sheet(self):
+        status, out, err = run("simclr", *self.tiny, "--show_augment", "--out", self.dir / "a")
+        self.assertEqual((status, err), (0, ""))
+        self.assertEqual([p.name for p in (self.dir / "a").iterdir()], ["augment.png"])
+        status, out, err = run("simclr", *self.tiny, "--show_augment", "--out", self.dir / "b", "--augment",
+                               "crop_flip", "--crop_min", 1)
+        a, b = ((self.dir / name / "augment.png").read_bytes() for name in "ab")
+        self.assertNotEqual(a, b)
+        self.assertEqual(struct.unpack(">II", a[16:24]), (9 * 100 + 4, 8 * 100 + 4))  # an image and four pairs
+
+    # batch norm, encoders, heads
+
+    def test_batch_norm(self):
+        """Against torch's own, on the whole and on parts; evaluation; running statistics need a gradient."""
+        for shape in ((8, 5), (8, 5, 3, 3)):
+            x, ours, theirs = torch.randn(shape), self.simclr.BatchNorm(5), nn.BatchNorm2d(5)
+            view = (lambda v: v) if len(shape) == 4 else (lambda v: v[:, :, None, None])
+            nn.init.uniform_(ours.weight)
+            theirs.load_state_dict(ours.state_dict())
+            with torch.no_grad():
+                self.close(view(ours(x)), theirs(view(x)), 1e-6)
+            self.assertTrue((ours.running_mean == 0).all() and (ours.running_var == 1).all())
+            for splits in (0, 1, 4):
+                ours.splits = splits
+                theirs.reset_running_stats()
+                ours.reset_running_stats()
+                theirs.momentum = 0.1 / max(1, splits)
+                y = torch.cat([theirs(part) for part in view(x).chunk(max(1, splits))])
+                self.close(view(ours(x)), y, 1e-6)
+                self.close(ours.running_var, theirs.running_var, 1e-6)
+                self.close(ours.running_mean, theirs.running_mean, 1e-6)
+            self.close(view(ours.eval()(x)), theirs.eval()(view(x)), 1e-6)
+
+    def test_resnet(self):
+        """resnet.py's ResNet-18 with CIFAR's stem has the same names and, on the same weights, the same features."""
+        import resnet
+        ours, theirs = self.simclr.ConvEncoder(), resnet.resnet18(10, stem="cifar")
+        w = random_weights({k: tuple(t.shape) for k, t in theirs.state_dict().items()})
+        self.assertEqual({k: t.shape for k, t in ours.state_dict().items()},
+                         {k: t.shape for k, t in theirs.state_dict().items() if not k.startswith("fc.")})
+        theirs.load_state_dict(w)
+        ours.load_state_dict({k: t for k, t in w.items() if not k.startswith("fc.")})
+        x = torch.randn(4, 3, 32, 32)
+        for training in (True, False):
+            self.close(ours.train(training)(x), theirs.train(training).features(x), 1e-4)
+        small = self.simclr.ConvEncoder(8)
+        self.assertEqual((small(x[:2, :, :16, :16]).shape, small.dim), ((2, 64), 64))
+
+    def test_vit(self):
+        """vit.py's ViT without its head, with the mean and with a class token."""
+        import vit
+        for pool in ("mean", "cls"):
+            sizes = dict(image_size=32, patch_size=4, dim=24, depth=2, heads=3, pool=pool)
+            ours, theirs = self.simclr.PatchEncoder(**sizes), vit.ViT(**sizes, num_classes=3, pos="sincos")
+            self.assertEqual({*ours.state_dict()}, {k for k in theirs.state_dict() if not k.startswith("head.")})
+            self.close(ours.pos_embed, theirs.pos_embed, 1e-6)
+            self.assertFalse(ours.pos_embed.requires_grad)
+            ours.load_state_dict({k: t for k, t in theirs.state_dict().items() if not k.startswith("head.")})
+            x = torch.randn(2, 3, 32, 32)
+            self.close(ours(x), theirs.features(x), 1e-5)
+
+    def test_heads(self):
+        """The layers of each paper's head; SimCLR's last batch norm has no shift to learn."""
+        kinds = dict(simclr=["Linear", "BatchNorm", "ReLU", "Linear", "BatchNorm"], moco=["Linear", "ReLU", "Linear"],
+                     vicreg=["Linear", "BatchNorm", "ReLU", "Linear", "BatchNorm", "ReLU", "Linear"])
+        for loss, layers in kinds.items():
+            head = self.simclr.make_head(loss, 24, 10)
+            self.assertEqual([type(m).__name__ for m in head], layers)
+            widths = [m.weight.shape[::-1] for m in head if isinstance(m, nn.Linear)]
+            self.assertEqual([tuple(w) for w in widths], [(24, 10), (10, 10), (10, 10)] if loss == "vicreg" else
+                             [(24, 24), (24, 10)])
+            frozen = [k for k, p in head.named_parameters() if not p.requires_grad]
+            self.assertEqual(frozen, ["4.bias"] * (loss == "simclr"))
+
+    # optimisers
+
+    def test_lars(self):
+        """Against a loop over the authors' formula, with a matrix, a filter, a bias, and norms of 0."""
+        params = [nn.Parameter(t.double()) for t in (torch.randn(4, 3), torch.randn(2, 3, 3, 3), torch.randn(5),
+                                                     torch.zeros(3, 3), torch.randn(3, 2), torch.randn(2, 2))]
+        grads = [[torch.randn_like(p) * (i != 4) for _ in range(4)] for i, p in enumerate(params)]
+        decays = [0.01, 0.01, 0.01, 0.01, 0.0, 0.0]
+        want = [slow_lars(p.detach(), g, 0.3, decay, 0.9, 1e-3) for p, g, decay in zip(params, grads, decays)]
+        want[5] = params[5].detach().clone()
+        optimizer = self.simclr.LARS([dict(params=[p], weight_decay=d) for p, d in zip(params, decays)], 0.3)
+        optimizer.param_groups[2]["weight_decay"] = 0.0  # as make_optimizer has it for 1-D tensors
+        for step in range(4):
+            for p, g in zip(params[:5], grads):  # the last has no gradient: as it is
+                p.grad = g[step]
+            optimizer.step()
+        for i, (p, w) in enumerate(zip(params, want)):
+            self.close(p, w, 1e-12, i)
+        p = nn.Parameter(torch.full((2, 2), 3.0))  # the trust ratio itself: a step of lr · trust · |weights|
+        for scale in (1e-4, 1e4):
+            p.data, p.grad = torch.full((2, 2), 3.0), scale * torch.randn(2, 2)
+            self.simclr.LARS([p], 2.0).step()
+            self.assertAlmostEqual((p.detach() - 3).norm().item(), 2 * 1e-3 * 6, places=6)
+        q = nn.Parameter(torch.ones(3))
+        q.grad = torch.full((3,), 0.5)
+        self.simclr.LARS([q], 0.1).step()
+        self.close(q, torch.full((3,), 0.95), 1e-6)
+
+    def test_groups(self):
+        """Weights of layers decay, biases, norms and tokens don't; what is frozen and moco's keys are in no group. The
+        peak rate rises with the batch unless it is given."""
+        simclr = self.simclr
+        for flags in (dict(), dict(optimizer="sgd"), dict(optimizer="lars", loss="vicreg"), dict(loss="moco"),
+                      dict(encoder="vit", width=16, depth=1)):
+            c = self.config(**flags)
+            model = self.pair(c, double=False)
+            optimizer = simclr.make_optimizer(model, c)
+            decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+            for name, p in model.named_parameters():
+                if name.startswith("key_") or name.endswith("pos_embed") or (name == "head.4.bias" and c.loss ==
+                                                                             "simclr"):
+                    self.assertNotIn(id(p), decay, name)
+                else:
+                    matrix = name.endswith("weight") and not re.search(r"norm|bn|downsample.1|head.1.w|head.4.w", name)
+                    matrix = matrix or p.dim() > 1
+                    self.assertEqual(decay[id(p)], c.weight_decay if matrix else 0, name)
+            kind = flags.get("optimizer", "adamw")
+            self.assertEqual(type(optimizer).__name__.lower(), kind)
+            self.assertEqual((c.lr, c.weight_decay), dict(sgd=(0.06 * 8 / 256, 5e-4), adamw=(2e-3, 0.05),
+                                                          lars=(0.3 * 8 / 256, 1e-6))[kind])
+        self.assertEqual(self.config(lr=0.7, batch_size=4).lr, 0.7)
+        with mock.patch.object(Path, "is_dir", lambda path: True):
+            views = [(c.crop_min, c.jitter, c.grey) for c in (self.config(), self.config(data="cifar10"), self.config(
+                data="elsewhere", crop_min=0.08, jitter=0.0, grey=0.0))]
+        self.assertEqual(views, [(0.4, 1, 0.8), (0.2, 0.5, 0.2), (0.08, 0, 0)])
+        a = self.train("a", "--lr", 0.5, "--log_every", 1, "--warmup", 2)
+        rates = [row["lr"] for row in a.rows if "lr" in row]
+        want = [0.5 / 3, 1 / 3] + [0.25 * (1 + math.cos(math.pi * i / 4)) for i in range(4)]
+        self.close(torch.tensor(rates), torch.tensor(want), 1e-6)
+
+    # evaluation
+
+    def test_alignment(self):
+        z1, z2 = torch.randn(6, 4, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64)
+        a, u = self.simclr.alignment_and_uniformity(z1, z2)
+        z = [[v / v.norm() for v in z] for z in (z1, z2)]
+        self.assertAlmostEqual(a, sum(((p - q) ** 2).sum().item() for p, q in zip(*z)) / 6)
+        pairs = [[math.exp(-2 * ((v[i] - v[j]) ** 2).sum().item()) for i, j in itertools.combinations(range(6), 2)]
+                 for v in z]
+        self.assertAlmostEqual(u, sum(math.log(sum(p) / 15) for p in pairs) / 2)
+        one = torch.ones(5, 3)
+        self.assertEqual([round(v, 6) for v in self.simclr.alignment_and_uniformity(one, 2 * one)], [0, 0])
+
+    def test_evaluation(self):
+        """Of the encoder's features in evaluation mode, not the head's; beside them random init and pixels; a fresh run
+        scores what random init does."""
+        a = self.train("a")
+        first, *_, last = [row for row in a.rows if "knn" in row]
+        self.assertEqual((first["knn"], first["linear"]), (first["knn_random_init"], first["linear_random_init"]))
+        model, _ = self.simclr.load_pair(self.config())
+        model.load_state_dict(a.ckpt["model"])
+        x, y = self.simclr.make_shapes(10000, 1)
+        vx, vy = self.simclr.make_shapes(1000, 2)
+        stats = self.simclr.CIFAR10_STATS
+        with torch.no_grad():
+            z, vz = (model.eval().encoder(self.simclr.normalise(v, stats)) for v in (x, vx))
+            self.assertAlmostEqual(self.simclr.knn_accuracy(z, y, vz, vy), last["knn"])
+            n = len(vx)
+            two = model(self.simclr.views(self.config(), vx, 0, n, np.arange(2 * n)))
+        self.assertAlmostEqual(self.simclr.rankme(vz), last["rankme"], places=2)
+        align, uniform = self.simclr.alignment_and_uniformity(*two.chunk(2))
+        self.assertAlmostEqual(last["alignment"], align, places=4)
+        self.assertAlmostEqual(last["uniformity"], uniform, places=4)
+        self.assertAlmostEqual(last["head_std"], self.simclr.spread(two[:n]), places=4)
+        pixels = [self.simclr.normalise(v, stats).flatten(1) for v in (x, vx)]
+        self.assertAlmostEqual(self.simclr.knn_accuracy(pixels[0], y, pixels[1], vy), last["knn_pixels"])
+        final = a.rows[-1]
+        self.assertLessEqual({"test_knn", "test_linear", "test_linear_10%", "test_linear_1%", "test_rankme", "test_std",
+                              "test_knn_random_init", "test_linear_pixels", "peak_mb"}, {*final})
+        for word in ("simclr", "random_init", "pixels"):
+            self.assertRegex(a.text, rf"(?m)^ *{word} +0\.\d")
+
+    def test_evaluation_changes_nothing(self):
+        runs = [self.train(f"e{every}", "--eval_every", every, "--log_every", log) for every, log in ((2, 1), (6, 3))]
+        for key in ("model", "optimizer"):
+            self.same(*(r.ckpt[key] for r in runs))
+        self.assertNotEqual(self.train("s", "--seed", 7).losses, self.train("t").losses)
+
+    # runs
+
+    def test_overfits(self):
+        """A batch of eight images is told apart, whatever keeps vectors apart, and no vectors collapse."""
+        for loss, flags in (("simclr", ["--temperature", 0.1, "--lr", 0.005]), ("vicreg", []),
+                            ("moco", ["--queue", 16, "--optimizer", "sgd", "--lr", 0.05])):
+            few = {10000: 8, 1000: 40, 2000: 40}
+            shapes = lambda n, seed: self.images_and_labels(few[n], seed)
+            with mock.patch.object(self.simclr, "make_shapes", shapes):
+                a = self.train(loss, "--loss", loss, *flags, "--steps", 40, "--eval_every", 40, "--log_every", 1,
+                               "--crop_min", 0.8, "--jitter", 0.2, "--grey", 0)
+            rows = [row for row in a.rows if "loss" in row]
+            last = {k: sum(row[k] for row in rows[-8:]) / 8 for k in rows[0]}
+            early = {k: sum(row[k] for row in rows[1:5]) / 4 for k in rows[0]}
+            if loss == "vicreg":
+                self.assertLess(last["loss"], 0.75 * early["loss"], loss)
+                self.assertLess(last["variance"], 0.6)
+            elif loss == "simclr":
+                self.assertGreater(last["accuracy"], 0.9)
+                self.assertLess(last["loss"], 0.5 * early["loss"])
+            else:  # its queue holds these eight images too
+                self.assertGreater(last["accuracy"], early["accuracy"])
+
+    def images_and_labels(self, n, seed):
+        x, y = drawn(self.draw, n, seed)
+        return x[:, :, ::2, ::2], y
+
+    def test_bfloat16(self):
+        """Every objective trains in bfloat16, its views made in float32."""
+        for loss in ("simclr", "moco", "vicreg"):
+            a = self.train("a", "--loss", loss, "--blur", 0.5, "--dtype", "bfloat16", "--steps", 2, "--eval_every", 2)
+            self.assertTrue(all(t.dtype == torch.float32 for t in a.ckpt["encoder"].values() if t.is_floating_point()))
+            x = self.simclr.views(self.config(blur=1.0), self.images(8), 0, 8, np.arange(16))
+            self.assertEqual(x.dtype, torch.float32)
+
+    def test_collapse(self):
+        """Without its variance term VICReg lets its vectors shrink to one, and the log shows it."""
+        flags = ["--loss", "vicreg", "--steps", 30, "--eval_every", 30, "--log_every", 5, "--optimizer", "sgd", "--lr",
+                 0.01, "--covariance", 0]
+        hinges = [[row["variance"] for row in self.train(name, *flags, *more).rows if "variance" in row][-1]
+                  for name, more in (("a", []), ("b", ["--variance", 0]))]
+        self.assertLess(hinges[0], 0.7)
+        self.assertGreater(hinges[1], 0.9)
+
+    def test_resume(self):
+        """6 steps are 3, stop, resume, 3 more: bit for bit, for every objective and optimiser."""
+        for kind in (["--chunk", 4, "--optimizer", "lars"], ["--loss", "moco"],
+                     ["--loss", "vicreg", "--optimizer", "sgd"]):
+            with self.subTest(kind):
+                a = self.train("a", *kind, "--blur", 0.5)
+                b = self.train("b", *kind, "--blur", 0.5, "--stop_at", 3, "--log_every", 1)
+                self.assertEqual((b.ckpt["step"], b.rows[-1]["step"]), (3, 3))
+                self.assertFalse(torch.equal(*(r.ckpt["model"]["encoder.conv1.weight"] for r in (a, b))))
+                with open(b.out / "log.jsonl", "a") as file:  # what a killed run may have left
+                    file.write('{"step": 5, "loss": 9.0}\n{"step": 6, "lo')
+                b = self.train("b", "--resume", tiny=False)
+                for key in ("model", "optimizer", "step", "best", "encoder"):
+                    self.same(a.ckpt[key], b.ckpt[key], key)
+                self.assertEqual(a.knn, b.knn)
+                self.assertEqual(*(r.rows[-1]["test_linear"] for r in (a, b)))
+                if "--chunk" in kind:  # nothing is left to do
+                    self.same_run(b, self.train("b", "--resume", tiny=False))
+                for r in (a, b):
+                    shutil.rmtree(r.out)
+
+    def test_vit_runs(self):
+        """A ViT for every objective; vit.py goes on with its encoder, and refuses a ResNet's in a line."""
+        import vit
+        with small_simclr(size=32):
+            a = self.train("a", *self.vit, "--loss", "moco")
+            b = self.train("b", "--init", a.out / "ckpt.pt", *self.vit, "--steps", 1, "--lr", 1e-12)
+            self.assertEqual(b.ckpt["encoder"].keys(), a.ckpt["encoder"].keys())
+            for name, t in a.ckpt["encoder"].items():
+                self.close(b.ckpt["encoder"][name], t, 1e-6, name)
+            c = self.train("c", "--steps", 1)
+        self.assertEqual(a.ckpt["encoder_config"], dict(image_size=32, patch_size=4, dim=16, depth=1, heads=1,
+                                                        pool="mean"))
+        model = vit.ViT.from_pretrained(str(a.out / "ckpt.pt"))
+        self.assertEqual((model.settings["heads"], model.pool, model.settings["pos"]), (1, "mean", "learned"))
+        encoder = self.simclr.PatchEncoder(**a.ckpt["encoder_config"])
+        encoder.load_state_dict(a.ckpt["encoder"])
+        x = torch.randn(2, 3, 32, 32)
+        self.close(model.features(x), encoder(x), 1e-5)
+        self.assertEqual((c.ckpt["encoder_config"], "conv1.weight" in c.ckpt["encoder"]), (dict(width=8), True))
+        status, _, err = run("vit", "--init", c.out / "ckpt.pt", "--out", self.dir / "v")
+        self.assertEqual(status, 2)
+        self.assertRegex(err, r"\Avit\.py: [^\n]*ResNet[^\n]*\n\Z")
+
+    def test_init(self):
+        """From a checkpoint's encoder: this script's, vit.py's with a class token; the sizes are its own."""
+        import vit
+        a = self.train("a")
+        flags = ["--batch_size", 8, "--head_dim", 24, "--dtype", "float32", "--steps", 1, "--lr", 1e-12]
+        b = self.train("b", *flags, "--init", a.out / "ckpt.pt", "--loss", "vicreg", tiny=False)
+        self.assertEqual((b.ckpt["config"]["width"], b.ckpt["encoder_config"]), (8, dict(width=8)))
+        self.close(b.ckpt["encoder"]["layer4.1.conv2.weight"], a.ckpt["encoder"]["layer4.1.conv2.weight"], 1e-6)
+        first = [row for row in b.rows if "knn" in row][0]
+        self.assertEqual(first["knn"], a.knn[6])
+        self.assertNotEqual(first["rankme"], a.rows[0]["rankme"])
+        model = vit.ViT(32, 8, 96, 2, 3, 5)  # no width that the flag could have
+        saved = dict(model=model.state_dict(), model_config=model.settings, config={}, step=1,
+                     encoder={k: t for k, t in model.state_dict().items() if not k.startswith("head.")},
+                     encoder_config=model.settings)
+        torch.save(saved, self.dir / "vit.pt")
+        with small_simclr(size=32):
+            c = self.train("c", *flags, "--init", self.dir / "vit.pt", "--encoder", "vit", tiny=False)
+            d = self.train("c", "--resume", "--steps", 2, tiny=False)
+        self.assertEqual(c.ckpt["encoder_config"], dict(image_size=32, patch_size=8, dim=96, depth=2, heads=3,
+                                                        pool="cls"))
+        self.assertEqual((c.ckpt["config"]["width"], c.ckpt["config"]["depth"], d.ckpt["step"]), (96, 2, 2))
+        for flags in (["--init", a.out / "ckpt.pt", *self.vit], ["--init", a.out / "ckpt.pt", "--width", 24],
+                      ["--init", self.dir / "vit.pt"],
+                      ["--init", self.dir / "vit.pt", "--encoder", "vit", "--width", 64],
+                      ["--init", self.dir / "vit.pt", "--encoder", "vit", "--depth", 4]):
+            self.bad(*flags, "--out", self.dir / "none", says="pt")
+        torch.save({k: v for k, v in saved.items() if k != "encoder"}, self.dir / "none.pt")
+        self.bad("--init", self.dir / "none.pt", says="holds no encoder")
+        big = vit.ViT(64, 8, 24, 2, 3, 5)
+        torch.save(saved | dict(encoder_config=big.settings, encoder={
+            k: t for k, t in big.state_dict().items() if not k.startswith("head.")}), self.dir / "big.pt")
+        self.bad("--init", self.dir / "big.pt", "--encoder", "vit", says="64 pixels")
+
+    def test_compile(self):
+        """The compiled network learns as the eager one does, with chunks too, batch norm's statistics included."""
+        compiled, name = functools.partial(torch.compile, backend="eager"), "encoder.bn1.running_mean"
+        for flags in ([], ["--chunk", 4], ["--loss", "moco"]):
+            with self.subTest(flags=flags), mock.patch.object(torch, "compile", compiled):
+                a = self.train("a", *flags, "--steps", 3, "--compile")
+                b = self.train("b", *flags, "--steps", 3)
+                for step, loss in b.losses.items():
+                    self.assertAlmostEqual(a.losses[step], loss, delta=1e-4 * loss)
+                self.close(a.ckpt["model"][name], b.ckpt["model"][name], 1e-5)
+
+    def test_torchrun(self):
+        """Two processes update as one does with the joined batch, batch norm, queue and all; one of them speaks."""
+        kinds = dict(simclr=[], moco=["--loss", "moco", "--bn_splits", 4, "--queue", 32],
+                     joined=["--loss", "moco", "--bn_splits", 1, "--queue", 32], vicreg=["--loss", "vicreg"])
+        flags = [*self.tiny, "--steps", 3, "--optimizer", "sgd", "--lr", 0.002, "--eval_every", 3, "--log_every", 1]
+        (self.dir / "two.py").write_text(  # one group for all runs: to start processes takes longer than they do
+            "import json\nimport sys\nimport torch\n"
+            f"import simclr\nimport {Path(inspect.getfile(small_simclr)).stem} as t\n"
+            "torch.set_num_threads(1)\ntorch.distributed.init_process_group('gloo')\n"
+            "end = torch.distributed.destroy_process_group\n"
+            "torch.distributed.init_process_group = torch.distributed.destroy_process_group = lambda *a: None\n"
+            "with t.small_simclr():\n    for argv in json.loads(sys.argv[1]):\n        assert simclr.main(argv) == 0\n"
+            "torch.distributed.barrier()\nend()\n")
+        runs = {name: [str(f) for f in [*flags, *kind, "--out", self.dir / f"two_{name}"]]
+                for name, kind in kinds.items()}
+        done = child("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", self.dir / "two.py",
+                     json.dumps([*runs.values()]), cwd=self.dir)
+        self.assertEqual(done.returncode, 0, done.stderr[-2000:])
+        self.assertEqual(done.stdout.count("step 3/3 | loss"), len(kinds))
+        for name, kind in kinds.items():
+            with self.subTest(name):
+                one = self.train(f"one_{name}", *flags, *kind, "--batch_size", 16)
+                two = self.look(self.dir / f"two_{name}")
+                self.assertEqual(list(one.ckpt["model"]), list(two.ckpt["model"]))
+                start = self.train("start", *flags, *kind, "--stop_at", 1, "--lr", 1e-12).ckpt["model"]
+                a, b, c = (torch.cat([r[k].flatten() for k in dict(start) if k.endswith(("weight", "bias", "queue"))])
+                           for r in (start, one.ckpt["model"], two.ckpt["model"]))
+                self.close(c - a, b - a, 0.05)  # fp32's rounding grows; what is missed would be half or all of it
+                for step, loss in one.losses.items():
+                    self.assertAlmostEqual(loss / two.losses[step], 1, delta=1e-3)
+
+    def test_gather(self):
+        """Two processes' losses of vectors: their mean, and the gradients that DistributedDataParallel's mean makes,
+        are those of the joined batch, for NT-Xent and VICReg, chunked too."""
+        net = """if True:
+            class Net(torch.nn.Module):
+                def __init__(self, w):
+                    super().__init__()
+                    self.w = torch.nn.Parameter(w)
+
+                def forward(self, x, passes=1):
+                    return torch.tanh(x.double().mean((2, 3)).repeat(1, 2) @ self.w)
+            """
+        code = f"""import contextlib, torch, torch.distributed as dist, simclr\n{net}""" + """
+            torch.set_num_threads(1)
+            dist.init_process_group("gloo")
+            rank, z = dist.get_rank(), torch.load("z.pt")
+            own = slice(4 * rank, 4 * rank + 4)
+            out = {}
+            for name, loss in dict(nt=lambda a, b: simclr.nt_xent(a, b, 0.3), vic=simclr.vicreg_loss).items():
+                a, b = (v[own].clone().requires_grad_() for v in z)
+                value, scores = loss(a, b)
+                value.backward()
+                out[name] = [value.detach(), a.grad / 2, b.grad / 2, *scores.values()]
+            x, w = torch.load("x.pt"), torch.load("w.pt").requires_grad_()
+            own = torch.cat((torch.arange(4), torch.arange(8, 12))) + 4 * rank
+            c = simclr.Config(batch_size=4, chunk=2)
+            value, _ = simclr.loss_backward(lambda v: torch.tanh(v @ w), x[own], c)
+            dist.all_reduce(w.grad)
+            out["chunk"] = [value.detach(), w.grad / 2]
+            for loss in ("simclr", "vicreg"):
+                model = simclr.Contrastive(simclr.ConvEncoder(8), loss, 6, 4).double().train()
+                model.load_state_dict(torch.load(f"{loss}.pt"))
+                for module in model.modules():
+                    if isinstance(module, simclr.BatchNorm):
+                        module.splits = 0
+                images = torch.load("images.pt")[own]
+                encode = lambda v: model(v, passes=1 if loss == "simclr" else 2)
+                simclr.loss_backward(encode, images, simclr.Config(batch_size=4, loss=loss))
+                grads = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+                dist.all_reduce(grads)
+                out[loss] = [grads / 2, *(t for k, t in model.named_buffers() if "running" in k)]
+            net = Net(w.detach())
+            simclr.contrastive_step(torch.nn.parallel.DistributedDataParallel(net), net, torch.optim.SGD([net.w], 1.0),
+                                    contextlib.nullcontext(), torch.load("images.pt").mul(50).byte(),
+                                    simclr.Config(batch_size=4, chunk=2, lr=1.0, warmup=0), 0, 10**9, rank, 2)
+            out["step"] = net.w.detach()
+            torch.save(out, f"{rank}.pt")
+            dist.barrier()
+            dist.destroy_process_group()"""
+        z = [torch.randn(8, 5, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+        x, w = torch.randn(16, 6, dtype=torch.float64), torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+        for name, content in dict(z=[v.detach() for v in z], x=x, w=w.detach()).items():
+            torch.save(content, self.dir / f"{name}.pt")
+        images, models = torch.randn(16, 3, 16, 16, dtype=torch.float64), {}
+        torch.save(images, self.dir / "images.pt")
+        for loss in ("simclr", "vicreg"):
+            models[loss] = self.simclr.Contrastive(self.simclr.ConvEncoder(8), loss, 6, 4).double().train()
+            torch.save(models[loss].state_dict(), self.dir / f"{loss}.pt")
+        (self.dir / "g.py").write_text(code)
+        done = child("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", self.dir / "g.py",
+                     cwd=self.dir)
+        self.assertEqual(done.returncode, 0, done.stderr[-2000:])
+        a, b = (torch.load(self.dir / f"{rank}.pt") for rank in (0, 1))
+        slow = dict(nt=lambda *v: slow_nt_xent(*v, 0.3), vic=lambda *v: slow_vicreg(*v, 25, 25, 1)[0])
+        for name, loss in slow.items():
+            want = loss(*z)
+            grads = torch.autograd.grad(want, z)
+            self.close((a[name][0] + b[name][0]) / 2, want, 1e-12, name)
+            for i, g in enumerate(grads):
+                self.close(torch.cat((a[name][1 + i], b[name][1 + i])), g, 1e-11, name)
+        want = slow_nt_xent(*torch.tanh(x @ w).chunk(2), 0.2)
+        self.close((a["chunk"][0] + b["chunk"][0]) / 2, want, 1e-12)
+        for r in (a, b):
+            self.close(r["chunk"][1], torch.autograd.grad(want, w, retain_graph=True)[0], 1e-11)
+        Net = {"torch": torch}
+        exec(net, Net)
+        one = Net["Net"](w.detach().clone())
+        self.simclr.contrastive_step(one, one, torch.optim.SGD([one.w], 1.0), contextlib.nullcontext(),
+                                     images.mul(50).byte(), self.config(lr=1.0, warmup=0), 0, 10**9, 0, 1)
+        for r in (a, b):  # pieces on each of two processes: gradients are exchanged once
+            self.close(r["step"] - w.detach(), one.w.detach() - w.detach(), 1e-5)
+        for loss, model in models.items():  # the real network, in which batch norm sees all processes' images
+            self.simclr.loss_backward(lambda v: model(v, passes=1 if loss == "simclr" else 2), images,
+                                      self.config(loss=loss))
+            grads = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+            for r in (a, b):
+                self.close(r[loss][0], grads, 1e-9, loss)
+                for got, (name, want) in zip(r[loss][1:], ((k, t) for k, t in model.named_buffers() if "running" in k)):
+                    self.close(got, want, 1e-9, name)
+
+    def test_ctrl_c(self):
+        """Between two steps: a checkpoint, how to go on, status 130; and the run goes on bit for bit."""
+        a, step, calls = self.train("a"), self.simclr.contrastive_step, []
+
+        def interrupted(*args):
+            calls.append(1)
+            if len(calls) == 5:
+                signal.raise_signal(signal.SIGINT)
+            return step(*args)
+
+        handler = signal.getsignal(signal.SIGINT)
+        with mock.patch.object(self.simclr, "contrastive_step", interrupted):
+            b = self.train("b", status=130)
+        self.assertIs(signal.getsignal(signal.SIGINT), handler)
+        self.assertEqual((b.ckpt["step"], len(calls)), (5, 5))
+        command = re.search(r"python simclr\.py (.*--resume.*)", b.text)[1]
+        self.assertEqual(run("simclr", *shlex.split(command))[0], 0)
+        b = self.look(b.out)
+        for key in ("model", "optimizer", "best"):
+            self.same(a.ckpt[key], b.ckpt[key], key)
+
+    def test_best(self):
+        """best.pt is the checkpoint with the best kNN on validation images; the test row and the neighbours are its."""
+        a = self.train("a", "--eval_every", 1, "--lr", 0.3)
+        best = torch.load(a.out / "best.pt", weights_only=True)
+        self.assertEqual((best["step"], best["best"]), (max(a.knn, key=a.knn.get), max(a.knn.values())))
+        self.assertEqual([*a.knn], [*range(7)])
+        head = (a.out / "neighbours.png").read_bytes()
+        classes = len({*self.simclr.make_shapes(2000, 3)[1].tolist()})
+        self.assertEqual(struct.unpack(">II", head[16:24]), (9 * 100 + 4, classes * 100 + 4))
+        xml.etree.ElementTree.parse(a.out / "curves.svg")
+        self.assertIn("120 images", a.text)
+        b = self.train("b", "--full_train")  # learns from the validation images, is probed as ever
+        self.assertIn("160 images", b.text)
+        self.assertEqual(b.rows[0]["knn_random_init"], a.rows[0]["knn_random_init"])
+        self.assertIn("60 images", self.train("c", "--labels", 0.5).text)
+
+    def test_neighbours(self):
+        """Each row: a class's first test image, then the training images at the least angle."""
+        images, labels = self.images(12, size=8), torch.arange(12) % 3
+        encode, sheets = lambda x: x.flatten(1)[:, :6], []
+        with mock.patch.object(self.simclr, "write_sheet", lambda path, rows: sheets.append(rows)):
+            self.simclr.draw_neighbours(encode, (images[:9], labels[:9]), (images[9:], labels[9:]), "x",
+                                        contextlib.nullcontext())
+        z = self.simclr.normalise(images, self.simclr.CIFAR10_STATS).flatten(1)[:, :6]
+        for query, row in zip((9, 10, 11), sheets[0]):
+            self.same(row[0], images[query])
+            order = sorted(range(9), key=lambda i: -F.cosine_similarity(z[query], z[i], 0).item())
+            for got, i in zip(row[1:], order):
+                self.same(got, images[i])
+
+    def test_not_finite(self):
+        """The run stops with status 1, names the step, and keeps the last good checkpoint."""
+        for every, says in ((6, "(nan|inf)"), (1, "features")):  # with an evaluation before the next loss, too
+            status, text, err = run("simclr", *self.tiny, "--out", self.dir / "a", "--loss", "vicreg", "--lr", 9e18,
+                                    "--optimizer", "sgd", "--warmup", 0, "--log_every", 1, "--eval_every", every)
+            self.assertEqual(status, 1, err)
+            self.assertRegex(err, rf"\Asimclr\.py: [^\n]*{says}[^\n]* step [123]\b[^\n]*\n\Z")
+            self.assertEqual(torch.load(self.dir / "a/ckpt.pt", weights_only=True)["step"], 0)
+
+    # bad input
+
+    def test_bad_flags(self):
+        for flags in """--encoder resnet50, --encoder=, --loss byol, --augment none, --optimizer adam, --dtype int8,
+                --lr nan, --lr 0, --lr -1, --labels 0, --labels 2, --crop_min 0, --crop_min 1.5, --jitter 2, --grey 1.1,
+                --blur -0.5, --width 0, --width 12, --width -8, --encoder vit --width 100, --depth 0, --head_dim 0,
+                --temperature 0, --temperature -0.5, --temperature nan, --temperature inf, --chunk -1, --chunk 1,
+                --chunk 3, --chunk 16, --loss moco --chunk 4, --queue 0, --loss moco --queue 12, --loss moco --queue 4,
+                --momentum 1.1, --momentum -1, --loss moco --bn_splits 3, --loss moco --bn_splits 8, --bn_splits 0,
+                --invariance -1, --variance nan, --covariance inf, --weight_decay -1, --warmup -1, --batch_size 0,
+                --batch_size 1, --probe_images 0, --epochs 0, --epochs nan, --steps 0, --steps 1.5, --stop_at 0,
+                --eval_every 0, --log_every 0, --seed -1, --device nowhere, --data nowhere, --data=, --init=,
+                --init nowhere.pt, --resume, --resume --init x.pt, --no_such_flag 1, --temp 1, --steps, stray
+                """.split(","):
+            self.bad(*self.tiny, *flags.split())
+        for flags, says in (("--temperature 0", ("--temperature", "above 0")),
+                            ("--batch_size 1", ("--batch_size 1", "2 or more")), ("--loss byol", ("byol", "vicreg")),
+                            ("--loss moco --queue 12", ("--queue 12", "8 images"))):
+            self.bad(*self.tiny, *flags.split(), says=says)
+        self.bad("--data", self.dir / "nowhere", "--lr", "nan", says="--lr")  # flags come before data
+        (self.dir / "text.txt").write_text("hello")
+        self.bad(*self.tiny, "--out", self.dir / "text.txt", says="text.txt", status=1)
+        with mock.patch.dict(os.environ, WORLD_SIZE="3"):  # three processes: 24 images a step
+            self.bad(*self.tiny, "--loss", "moco", says=("--queue 32", "24"))
+            self.bad(*self.tiny, "--loss", "moco", "--queue", 48, says=("--bn_splits 2", "3 processes"))
+
+    def test_bad_checkpoints(self):
+        a = self.train("a", "--steps", 1)
+        good, saved = (a.out / "best.pt").read_bytes(), torch.load(a.out / "best.pt", weights_only=True)
+
+        def checkpoint(name, content):
+            torch.save(content, self.dir / name)
+            return self.dir / name
+
+        foreign = [checkpoint("list.pt", [1, 2]), checkpoint("object.pt", Evil(self.dir / "marker"))]
+        foreign += [checkpoint(f"no_{key}.pt", {k: v for k, v in saved.items() if k != key})
+                    for key in ("model", "config", "step", "model_config", "encoder", "encoder_config")]
+        foreign += [checkpoint("width.pt", saved | dict(encoder_config=dict(width=16))),
+                    checkpoint("none.pt", saved | dict(encoder_config=None)),
+                    checkpoint("names.pt", saved | dict(encoder={"cls_token": torch.ones(1)}))]
+        (self.dir / "cut.pt").write_bytes(good[:len(good) // 2])
+        (self.dir / "noise.pt").write_bytes(os.urandom(5000))
+        for path in [*foreign, self.dir / "cut.pt", self.dir / "noise.pt"]:
+            self.bad(*self.tiny, "--init", path, says=path.name)
+        self.assertFalse((self.dir / "marker").exists())
+        for flags in ("--width 16", "--encoder vit", "--loss moco", "--head_dim 24", "--optimizer lars"):
+            self.bad("--resume", "--out", a.out, *flags.split(), says="ckpt.pt")
+        (a.out / "ckpt.pt").write_bytes((a.out / "ckpt.pt").read_bytes()[:-999])
+        self.bad("--resume", "--out", a.out, says="ckpt.pt")
+
+    def test_command_line(self):
+        """As a program: the exit status, and one line on stderr."""
+        done = child(HERE / "simclr.py", "--temperature", "0", cwd=self.dir)
+        self.assertEqual((done.returncode, done.stdout, snapshot(self.dir)), (2, "", {}))
+        self.assertRegex(done.stderr, r"\Asimclr\.py: [^\n]+\n\Z")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# ijepa.py
+
+
+def slow_pairs(w, prefix=""):
+    """A block's arguments for slow_encoder_block, one block after the other, of a state dict."""
+    n = 0
+    while f"{prefix}blocks.{n}.norm1.weight" in w:
+        yield [(w[f"{prefix}blocks.{n}.{part}.weight"], w[f"{prefix}blocks.{n}.{part}.bias"])
+               for part in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")]
+        n += 1
+
+
+def slow_ijepa_encoder(w, image, ids, heads):
+    """An image's patches ids alone, (K, C), by official names: nothing else of the image is there."""
+    x = slow_patches(image[None], w["patch_embed.proj.weight"], w["patch_embed.proj.bias"]) + w["pos_embed"]
+    x = torch.stack([x[0, i] for i in ids])[None]
+    for pairs in slow_pairs(w):
+        x = slow_encoder_block(x, heads, *pairs)
+    return slow_layer_norm(x, w["norm.weight"], w["norm.bias"])[0]
+
+
+def slow_ijepa_predictor(w, context, context_ids, target_ids, heads):
+    """An image's predictions (M, C) for one block of patches, from the encoder's (K, C) of patches context_ids."""
+    x = context @ w["predictor_embed.weight"].T + w["predictor_embed.bias"]
+    x = [row + w["predictor_pos_embed"][0, i] for row, i in zip(x, context_ids)]
+    x = torch.stack(x + [w["mask_token"][0, 0] + w["predictor_pos_embed"][0, i] for i in target_ids])[None]
+    for pairs in slow_pairs(w, "predictor_"):
+        x = slow_encoder_block(x, heads, *pairs)
+    x = slow_layer_norm(x, w["predictor_norm.weight"], w["predictor_norm.bias"])[0, len(context_ids):]
+    return x @ w["predictor_proj.weight"].T + w["predictor_proj.bias"]
+
+
+def slow_ijepa_loss(w, w_target, w_predictor, images, contexts, blocks, heads, predictor_heads):
+    """The loss in loops: smooth L1 between each prediction and what the target encoder says of the full image there,
+    less its mean, over its deviation. contexts: ids of each image; blocks: of each image, four lists of ids."""
+    total, count = 0.0, 0
+    for image, context_ids, targets in zip(images, contexts, blocks):
+        z = slow_ijepa_encoder(w_target, image, range(w["pos_embed"].size(1)), heads)
+        z = z - z.mean(1, keepdim=True)
+        z = z / ((z**2).mean(1, keepdim=True) + 1e-5) ** 0.5
+        context = slow_ijepa_encoder(w, image, context_ids, heads)
+        for ids in targets:
+            error = slow_ijepa_predictor(w_predictor, context, context_ids, ids, predictor_heads) - torch.stack(
+                [z[i] for i in ids])
+            small = error.abs() < 1
+            total = total + torch.where(small, error**2 / 2, error.abs() - 0.5).sum()
+            count += error.numel()
+    return total / count
+
+
+def official_ijepa_shapes(dim, depth, patch, image, predictor_dim, predictor_depth, encoder=True):
+    """Names and shapes of the published encoder, or of its predictor."""
+    N = (image // patch) ** 2
+    if encoder:
+        shapes = {"pos_embed": (1, N, dim), "patch_embed.proj.weight": (dim, 3, patch, patch),
+                  "patch_embed.proj.bias": (dim,), "norm.weight": (dim,), "norm.bias": (dim,)}
+    else:
+        D = predictor_dim
+        shapes = {"mask_token": (1, 1, D), "predictor_pos_embed": (1, N, D), "predictor_embed.weight": (D, dim),
+                  "predictor_embed.bias": (D,), "predictor_norm.weight": (D,), "predictor_norm.bias": (D,),
+                  "predictor_proj.weight": (dim, D), "predictor_proj.bias": (dim,)}
+    name, C, n = ("blocks", dim, depth) if encoder else ("predictor_blocks", predictor_dim, predictor_depth)
+    for i, (part, *shape) in itertools.product(range(n), (
+            ("norm1", C), ("attn.qkv", 3 * C, C), ("norm2", C), ("attn.proj", C, C), ("mlp.fc1", 4 * C, C),
+            ("mlp.fc2", C, 4 * C))):
+        shapes |= {f"{name}.{i}.{part}.weight": tuple(shape), f"{name}.{i}.{part}.bias": (shape[0],)}
+    return shapes
+
+
+def slow_conditionals(x, perplexity):
+    """t-SNE's p_{j|i}: for each row the width of the Gaussian at which the row's perplexity is that, by a scan."""
+    N, rows = len(x), []
+    for i in range(N):
+        d = torch.stack([((x[i] - x[j]) ** 2).sum() for j in range(N) if j != i])
+        low, high = -30.0, 30.0  # of the logarithm of the precision
+        for _ in range(80):
+            p = torch.softmax(-d * math.exp((low + high) / 2), 0)
+            entropy = -(p * p.clamp(min=1e-300).log()).sum()
+            low, high = ((low + high) / 2, high) if entropy > math.log(perplexity) else (low, (low + high) / 2)
+        rows.append(torch.cat((p[:i], p.new_zeros(1), p[i:])))
+    return torch.stack(rows)
+
+
+def slow_kl(P, y):
+    """KL(P ‖ Q) of a map y (N, 2): Q from Student's t with one degree of freedom, over all pairs."""
+    weights = 1 / (1 + (y[:, None] - y[None]).square().sum(2))
+    weights = weights * (1 - torch.eye(len(y), dtype=y.dtype))
+    Q = weights / weights.sum()
+    there = P > 0
+    return (P[there] * (P[there] / Q[there]).log()).sum()
+
+
+def small_ijepa():
+    """A patch of ijepa.py for runs that take half a second: few images, and short probes."""
+    import ijepa
+    draw, few = ijepa.make_shapes, {10000: 160, 1000: 40, 2000: 40}
+    return mock.patch.multiple(
+        ijepa, make_shapes=lambda n, seed: drawn(draw, few.get(n, n), seed),
+        linear_probe=functools.partial(ijepa.linear_probe, epochs=1, at_least=4, rates=(0.1, 1)))
+
+
+class TestIJEPA(Case):
+    @classmethod
+    def setUpClass(cls):
+        import ijepa
+        cls.ijepa, cls.draw = ijepa, staticmethod(ijepa.make_shapes)
+        cls.threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+
+    @classmethod
+    def tearDownClass(cls):
+        torch.set_num_threads(cls.threads)
+        drawn.cache_clear()
+
+    def setUp(self):
+        super().setUp()
+        torch.manual_seed(0)
+        patch = small_ijepa()
+        patch.start()
+        self.addCleanup(patch.stop)
+        self.tiny = """--batch_size 16 --steps 12 --eval_every 6 --log_every 3 --warmup 2 --dtype float32 --dim 32
+            --patch_size 8 --depth 1 --heads 2 --predictor_dim 16 --predictor_depth 1 --predictor_heads 2
+            --probe_images 80""".split()
+
+    # helpers
+
+    def train(self, name, *flags, tiny=True, status=0):
+        """A small run into the folder name: its out, rows of the log, text, checkpoint."""
+        out = self.dir / name
+        got, text, err = run("ijepa", *(self.tiny if tiny else ()), "--out", out, *flags)
+        self.assertEqual(got, status, err)
+        return self.look(out, text, err)
+
+    def look(self, out, text="", err=""):
+        rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        return SimpleNamespace(out=out, rows=rows, text=text, err=err,
+                               ckpt=torch.load(out / "ckpt.pt", weights_only=True),
+                               losses={r["step"]: r["loss"] for r in rows if "loss" in r},
+                               val={r["step"]: r["val_loss"] for r in rows if "val_loss" in r})
+
+    def same_run(self, a, b):
+        """The same parameters, optimiser, best probe, and rows of the log but for times, bit for bit."""
+        for key in ("model", "optimizer", "step", "best", "encoder"):
+            self.same(a.ckpt[key], b.ckpt[key], key)
+        times = ("ms", "seconds", "images_per_s", "peak_mb")
+        self.assertEqual(*([{k: v for k, v in row.items() if k not in times} for row in r.rows] for r in (a, b)))
+
+    def bad(self, *flags, says=(), status=2):
+        """Bad input: the status, one line on stderr that begins with the script's name, nothing on disk changes."""
+        before = snapshot(self.dir)
+        with self.subTest(flags=" ".join(map(str, flags))[-90:]), folder(self.dir):
+            got, out, err = run("ijepa", *flags)
+            self.assertEqual(got, status, err)
+            self.assertRegex(err, r"\Aijepa\.py: [^\n]+\n\Z")
+            for word in [says] if isinstance(says, str) else says:
+                self.assertIn(str(word), err)
+            self.assertNotIn("Traceback", out)
+            self.assertTrue(snapshot(self.dir) == before, "files came, went or changed")
+
+    def encoder(self, image_size=16, patch_size=4, dim=24, depth=2, heads=3, seed=0):
+        """A small encoder in fp64 with random weights, its positions too; and those weights."""
+        model = self.ijepa.Encoder(image_size, patch_size, dim, depth, heads).double()
+        w = random_vit({k: tuple(t.shape) for k, t in model.state_dict().items()}, seed)
+        w = {k: t.double() for k, t in w.items()}
+        model.load_state_dict(w)
+        return model.eval(), w
+
+    def predictor(self, num_patches=16, dim=24, predictor_dim=16, depth=2, heads=2, seed=1):
+        model = self.ijepa.Predictor(num_patches, dim, predictor_dim, depth, heads).double()
+        w = random_vit({k: tuple(t.shape) for k, t in model.state_dict().items()}, seed)
+        w = {k: t.double() for k, t in w.items()}
+        model.load_state_dict(w)
+        return model.eval(), w
+
+    def images(self, n, size=32, seed=0):
+        g = torch.Generator().manual_seed(seed)
+        return torch.randint(0, 256, (n, 3, size, size), generator=g, dtype=torch.uint8)
+
+    def pixels(self, x, ids, patch=4):
+        """Where (3, S, S) the patches ids of an image are."""
+        grid = x.size(-1) // patch
+        where = torch.zeros(grid, grid, dtype=torch.bool)
+        where.view(-1)[list(ids)] = True
+        return where.repeat_interleave(patch, 0).repeat_interleave(patch, 1).expand(3, -1, -1)
+
+    def config(self, **more):
+        return self.ijepa.Config(**{"batch_size": 8, "steps": 20, "warmup": 3, **more})
+
+    # masks
+
+    def masks(self, batch, grid, seed=0, **more):
+        """Masks as sets: [(context, [four targets])], one pair for each image; what the contract says is checked."""
+        return self.as_sets(self.ijepa.sample_masks(batch, grid, self.generator(seed), **more), batch, grid)
+
+    def generator(self, seed):
+        return torch.Generator().manual_seed(seed)
+
+    def as_sets(self, masks, batch, grid):
+        context_ids, real, targets = masks
+        self.assertEqual((context_ids.dtype, real.dtype, context_ids.shape), (torch.int64, torch.bool, real.shape))
+        counts = real.sum(dim=1)
+        self.assertEqual((len(real), counts.max().item()), (batch, real.size(1)))  # no wider than it must be
+        self.same(real, torch.arange(real.size(1)) < counts[:, None])  # padding is at the end
+        self.assertGreater(counts.min().item(), 0)
+        self.assertEqual(len({t.shape for t in targets}), 1)  # one block size per batch
+        for ids in (context_ids, *targets):
+            self.assertTrue(ids.dtype == torch.int64 and 0 <= ids.min() and ids.max() < grid**2)
+        sets = []
+        for n, (ids, count) in enumerate(zip(context_ids.tolist(), counts.tolist())):
+            blocks = [t[n].tolist() for t in targets]
+            sets.append((set(ids[:count]), [set(b) for b in blocks]))
+            self.assertEqual((len(sets[-1][0]), [len(b) for b in sets[-1][1]]), (count, [len(b) for b in blocks]))
+        return sets
+
+    def box(self, ids, grid):
+        """First row, first column, height and width of the smallest rectangle around ids."""
+        rows, columns = zip(*(divmod(i, grid) for i in ids))
+        return min(rows), min(columns), max(rows) - min(rows) + 1, max(columns) - min(columns) + 1
+
+    def test_blocks(self):
+        """Targets are four rectangles, of .15 to .2 of the patches and an aspect of .75 to 1.5; the context is one of
+        .85 to 1 and square, less all of them."""
+        for grid, batches in ((8, 60), (14, 30), (24, 10)):
+            for seed in range(batches):
+                sets = self.masks(12, grid, seed)
+                [(h, w)] = {self.box(b, grid)[2:] for _, blocks in sets for b in blocks}
+                around = [self.box(context, grid)[2:] for context, _ in sets]
+                H, W = (max(sides) for sides in zip(*around))
+
+                def fits(h, w, scale, aspect, slack=0.51):
+                    """Some share and aspect of these ranges, rounded, gives these sides."""
+                    return any(abs(h - (s * grid**2 * a) ** 0.5) <= slack and abs(w - (s * grid**2 / a) ** 0.5) <= slack
+                               for s in np.linspace(*scale, 41) for a in np.linspace(*aspect, 61))
+
+                self.assertTrue(fits(h, w, (0.15, 0.2), (0.75, 1.5)), (grid, h, w))
+                self.assertTrue(fits(H, W, (0.85, 1), (1, 1), 1.01 if grid > 8 else 0.51), (grid, H, W))
+                for context, blocks in sets:
+                    self.assertEqual(len(blocks), 4)
+                    for b in blocks:
+                        y, x, _, _ = self.box(b, grid)
+                        self.assertEqual(b, {i * grid + j for i in range(y, y + h) for j in range(x, x + w)})
+                    gone = set().union(*blocks)
+                    self.assertFalse(context & gone)
+                    y, x, _, _ = self.box(context, grid)
+                    wanted = [{i * grid + j for i in range(top, top + H) for j in range(left, left + W)} - gone
+                              for top in range(max(0, y - H), min(y, grid - H) + 1)
+                              for left in range(max(0, x - W), min(x, grid - W) + 1)]
+                    self.assertIn(context, wanted)  # nothing but the targets is missing from the rectangle
+
+    def test_positions_of_blocks(self):
+        """Every place at which a block fits is as likely, the last row and column too, and each image's its own."""
+        B, grid = 6000, 8
+        context_ids, real, targets = self.ijepa.sample_masks(B, grid, self.generator(3))
+
+        def sides(ids):  # (B, M): the height and width of each image's
+            return [(t.amax(1) - t.amin(1) + 1).max().item() for t in (ids // grid, ids % grid)]
+
+        h, w = sides(targets[0])
+        places = (grid - h + 1) * (grid - w + 1)
+        corners = torch.stack([ids.amin(dim=1) for ids in targets])  # (4, B)
+        for first in corners:
+            counts = torch.bincount(first, minlength=grid**2).double()
+            self.assertEqual((counts > 0).sum().item(), places)
+            chi = ((counts[counts > 0] - B / places) ** 2 / (B / places)).sum().item()
+            self.assertLess(abs(chi - (places - 1)), 6 * (2 * (places - 1)) ** 0.5)
+        self.assertLess((torch.corrcoef(corners.double()) - torch.eye(4)).abs().max().item(), 0.1)
+        # a context's patch: in the rectangle, and in none of the targets, all of which lie anywhere
+        H, W = sides(context_ids.where(real, context_ids[:, :1]))
+
+        def covers(size):
+            """The probability that a line's i-th patch is in an interval of that size which lies anywhere."""
+            places = grid - size + 1
+            return torch.tensor([sum(top <= i < top + size for top in range(places)) / places for i in range(grid)])
+
+        inside = covers(H)[:, None] * covers(W)
+        free = (1 - covers(h)[:, None] * covers(w)) ** 4
+        found = torch.bincount(context_ids[real], minlength=grid**2).view(grid, grid) / B
+        expected = inside * free
+        self.assertLess(((found - expected).abs() / (expected * (1 - expected) / B).sqrt()).max().item(), 5)
+
+    def test_draws(self):
+        """Share and aspect of the targets and the context's share come from draws of their own, and fill their
+        ranges."""
+        drawn_ = []
+        for seed in range(300):
+            context_ids, real, targets = self.ijepa.sample_masks(6, 32, self.generator(seed))
+            first = targets[0][0]
+            h, w = ((t.max() - t.min() + 1).item() for t in (first // 32, first % 32))
+            ids = context_ids[real]
+            side = max((t.max() - t.min() + 1).item() for n in range(6) for ids in [context_ids[n][real[n]]]
+                       for t in (ids // 32, ids % 32))
+            drawn_.append((h * w / 1024, math.log(h / w), side))
+        scale, aspect, side = torch.tensor(drawn_).T
+        self.assertTrue(0.135 < scale.min() < 0.158 and 0.19 < scale.max() < 0.215, (scale.min(), scale.max()))
+        ratios = aspect.exp()
+        self.assertTrue(0.7 < ratios.min() < 0.82 and 1.4 < ratios.max() < 1.6, (ratios.min(), ratios.max()))
+        self.assertEqual((side.min().item() in (29, 30), side.max().item() in (31, 32)), (True, True))
+        self.assertLess((torch.corrcoef(torch.stack((scale, aspect, side))) - torch.eye(3)).abs().max().item(), 0.25)
+
+    def test_coverage(self):
+        """10,000 draws on 8 × 8: every patch occurs as context and as target, the commonest not much more often."""
+        seen, generator = torch.zeros(2, 64), self.generator(0)
+        for _ in range(400):
+            context_ids, real, targets = self.ijepa.sample_masks(25, 8, generator)
+            seen[0] += torch.bincount(context_ids[real], minlength=64)
+            seen[1] += torch.bincount(torch.cat(targets, dim=1).flatten(), minlength=64)
+        most = seen.amax(dim=1) / seen.amin(dim=1)
+        self.assertTrue(most[0] <= 6 and most[1] <= 15, most)
+
+    def test_every_grid(self):
+        """It ends on every grid from 3 × 3 to 32 × 32, with nothing empty; the generator decides everything."""
+        for grid in range(3, 33):
+            for seed in range(4):
+                sets = self.masks(16, grid, seed)
+                for context, blocks in sets:
+                    self.assertTrue(context and all(blocks) and not context & set().union(*blocks), grid)
+        generator, again = self.generator(5), self.generator(5)
+        first = self.ijepa.sample_masks(9, 8, generator)
+        torch.manual_seed(1)
+        np.random.seed(1)
+        self.same(list(first), list(self.ijepa.sample_masks(9, 8, again)))
+        second = self.ijepa.sample_masks(9, 8, generator)
+        self.same(list(second), list(self.ijepa.sample_masks(9, 8, again)))
+        self.assertFalse(torch.equal(first[2][0][:, 0], second[2][0][:, 0]))
+        states = torch.get_rng_state()
+        self.ijepa.sample_masks(9, 8, generator)
+        self.assertTrue(torch.equal(states, torch.get_rng_state()))  # the global state is left alone
+
+    # encoder and predictor
+
+    def encode(self, model, images, ids, real=None):
+        return model(images, ids, real)
+
+    def predict(self, model, context, context_ids, real, target_ids):
+        return model(context, context_ids, target_ids, real)
+
+    def some_ids(self, B, K, N=16, seed=0):
+        """K different patches of each of B images, in any order: (B, K)."""
+        return torch.rand(B, N, generator=torch.Generator().manual_seed(seed)).argsort(dim=1)[:, :K]
+
+    def test_encoder(self):
+        """On some patches, in any order, against a loop that has nothing else; gradients, too. On all it is the
+        encoder of the full image, permuted."""
+        model, w = self.encoder()
+        x = torch.randn(3, 3, 16, 16).double()
+        for K in (1, 7, 16):
+            ids = self.some_ids(3, K)
+            w_ = {k: t.clone().requires_grad_(k != "pos_embed") for k, t in w.items()}
+            want = torch.stack([slow_ijepa_encoder(w_, image, i.tolist(), 3) for image, i in zip(x, ids)])
+            got = model(x, ids)
+            self.close(got, want, 1e-10)
+            for p in model.parameters():
+                p.grad = None
+            weights = torch.randn(got.shape).double()
+            (got * weights).sum().backward()
+            (want * weights).sum().backward()
+            for name, p in model.named_parameters():
+                if name != "pos_embed":
+                    self.close(p.grad, w_[name].grad, 1e-9, name)
+        full, ids = model(x), self.some_ids(3, 16)
+        self.assertEqual(full.shape, (3, 16, 24))
+        self.close(full, torch.stack([slow_ijepa_encoder(w, image, range(16), 3) for image in x]), 1e-10)
+        self.close(model(x, ids), full.gather(1, ids[:, :, None].expand(-1, -1, 24)), 1e-12)
+        layer = nn.TransformerEncoderLayer(24, 3, 96, 0.0, F.gelu, 1e-6, True, True)  # torch's own, of one block
+        for n in range(2):
+            names = dict(self_attn_in_proj="attn.qkv", self_attn_out_proj="attn.proj", norm1="norm1", norm2="norm2",
+                         linear1="mlp.fc1", linear2="mlp.fc2")
+            names = {k.replace("_in_proj", ".in_proj_").replace("_out_proj", ".out_proj."): v
+                     for k, v in names.items()}
+            layer.double().load_state_dict({
+                (k if k.endswith(("_", ".")) else f"{k}.") + part: w[f"blocks.{n}.{v}.{part}"]
+                for k, v in names.items() for part in ("weight", "bias")})
+            z = torch.randn(2, 9, 24).double()
+            self.close(model.blocks[n](z), layer(z), 1e-10)
+
+    def test_hidden_pixels(self):
+        """The encoder cannot see other patches' pixels: with others there its output is the same bit for bit."""
+        model = self.ijepa.Encoder(32, 4, 32, 2, 2).eval()
+        x, (ids, real, _) = torch.randn(4, 3, 32, 32), self.ijepa.sample_masks(4, 8, self.generator(0))
+        seen = torch.stack([self.pixels(x[n], ids[n][real[n]].tolist()) for n in range(4)])
+        for low in (False, True):
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=low):
+                z = self.encode(model, x, ids, real)
+                other = self.encode(model, torch.where(seen, x, 9 * torch.randn(x.shape)), ids, real)
+                changed = self.encode(model, torch.where(seen, x + 0.5, x), ids, real)
+            self.same(other[real], z[real])
+            for n in range(4):
+                self.assertGreater((changed[n][real[n]] - z[n][real[n]]).abs().max().item(), 0.01)
+
+    def test_padding(self):
+        """Padding changes nothing: each image alone, cut to its own patches, gives the same; whatever ids it has."""
+        (encoder, w), (predictor, wp) = self.encoder(), self.predictor()
+        x, ids, M = torch.randn(4, 3, 16, 16).double(), self.some_ids(4, 9), 5
+        counts = torch.tensor([9, 4, 1, 7])
+        real, targets = torch.arange(9) < counts[:, None], self.some_ids(4, M, seed=1)
+        z = self.encode(encoder, x, ids, real)
+        pred = self.predict(predictor, z, ids, real, targets)
+        for n, k in enumerate(counts.tolist()):
+            want = slow_ijepa_encoder(w, x[n], ids[n, :k].tolist(), 3)
+            self.close(z[n, :k], want, 1e-10)
+            self.close(encoder(x[n:n + 1], ids[n:n + 1, :k])[0], want, 1e-10)
+            self.close(pred[n], slow_ijepa_predictor(wp, want, ids[n, :k].tolist(), targets[n].tolist(), 2), 1e-9)
+        for fill in (0, 15):
+            garbage = ids.where(real, fill)
+            other = self.encode(encoder, x, garbage, real)
+            self.same(other[real], z[real])
+            noise = other.where(real[:, :, None], 1e3 * torch.randn(other.shape).double())
+            self.same(self.predict(predictor, noise, garbage, real, targets), pred)
+        z.requires_grad_()  # no gradient reaches padding
+        z = z.detach().requires_grad_()
+        self.predict(predictor, z, ids, real, targets).square().sum().backward()
+        self.assertTrue((z.grad[~real] == 0).all() and (z.grad[real] != 0).any())
+
+    def test_predictor(self):
+        """Each block of targets in a sequence of its own, against a loop; where it lies matters, and its order not."""
+        model, w = self.predictor()
+        context, ids = torch.randn(3, 6, 24).double(), self.some_ids(3, 6)
+        targets = self.some_ids(3, 5, seed=1)
+        pred = model(context, ids, targets)
+        want = [slow_ijepa_predictor(w, *a, 2) for a in zip(context, ids.tolist(), targets.tolist())]
+        self.close(pred, torch.stack(want), 1e-10)
+        order = torch.tensor([3, 0, 4, 1, 2])
+        self.close(model(context, ids, targets[:, order]), pred[:, order], 1e-11)
+        order = torch.tensor([3, 0, 4, 1, 2, 5])
+        self.close(model(context[:, order], ids[:, order], targets), pred, 1e-11)
+        elsewhere = model(context, ids, (targets + 1) % 16)
+        self.assertGreater((elsewhere - pred).abs().mean().item(), 0.05 * pred.abs().mean().item())
+        moved = model(context, (ids + 1) % 16, targets)
+        self.assertGreater((moved - pred).abs().mean().item(), 0.05 * pred.abs().mean().item())
+        spread = pred.std(dim=1).mean().item()  # predictions of one image differ, by their positions alone
+        self.assertGreater(spread, 0.05 * pred.std().item())
+
+    # objective and training
+
+    def model(self, image_size=16, patch_size=4, dim=24, depth=1, heads=3, predictor_dim=16, predictor_depth=2,
+              predictor_heads=2, **more):
+        """A small network in fp64 with random weights, other ones in the target encoder; copies, with gradients."""
+        model = self.ijepa.IJEPA(image_size, patch_size, dim, depth, heads, predictor_dim, predictor_depth,
+                                 predictor_heads, **more).double()
+        parts = []
+        for seed, part in enumerate((model.encoder, model.target_encoder, model.predictor)):
+            w = random_vit({k: tuple(t.shape) for k, t in part.state_dict().items()}, seed)
+            part.load_state_dict(w)
+            parts.append({k: t.double().requires_grad_("pos_embed" not in k) for k, t in w.items()})
+        return model, parts
+
+    def test_objective(self):
+        """Loss and gradients against loops: each image and each block alone, nothing padded. In the loss: the target
+        encoder's vector less its mean over its deviation, and smooth L1."""
+        for stop in (True, False):
+            model, (w, w_target, w_predictor) = self.model(stop_gradient=stop)
+            x, (ids, real, targets) = torch.randn(3, 3, 16, 16).double(), self.ijepa.sample_masks(
+                3, 4, self.generator(0))
+            self.assertFalse(real.all())  # there is padding
+            self.assertFalse(any(p.requires_grad for p in model.target_encoder.parameters()))
+            model.target_encoder.requires_grad_(True)  # even then
+            loss, pred, target = model(x, ids, torch.cat(targets), real)
+            contexts = [ids[n][real[n]].tolist() for n in range(3)]
+            blocks = [[t[n].tolist() for t in targets] for n in range(3)]
+            want = slow_ijepa_loss(w, w_target if stop else w, w_predictor, x, contexts, blocks, 3, 2)
+            self.close(loss, want, 1e-6)
+            self.assertEqual((pred.shape, target.shape), ((12, targets[0].size(1), 24),) * 2)
+            self.close(target.mean(dim=2), torch.zeros(target.shape[:2]) + 1e-9, 1e3)
+            loss.backward()
+            want.backward()
+            for part, copies in ((model.encoder, w), (model.predictor, w_predictor)):
+                for name, p in part.named_parameters():
+                    if "pos_embed" not in name:
+                        self.close(p.grad, copies[name].grad, 2e-5, name)
+            for p in model.target_encoder.parameters():
+                self.assertIsNone(p.grad)
+            self.assertEqual(pred.requires_grad, True)
+            self.assertEqual(target.requires_grad, not stop)  # that is what the flag does
+
+    def test_smooth(self):
+        """Smooth L1's two branches by hand, in the mean over all numbers; a target of one value is no division by 0."""
+        model, _ = self.model()
+        target = torch.zeros(4, 2, 24)
+        x, ids, forward = torch.zeros(1, 3, 16, 16).double(), torch.zeros(4, 2).long(), "forward"
+        with mock.patch.object(model, "targets", lambda *_: target):
+            for error, value in ((0.5, 0.125), (-1, 0.5), (3, 2.5), (-0.25, 0.03125)):
+                with mock.patch.object(model.predictor, forward, lambda *_: torch.full((4, 2, 24), float(error))):
+                    self.assertAlmostEqual(model(x, ids[:1], ids)[0].item(), value, 6)
+        with mock.patch.object(model.target_encoder, forward, lambda *_: torch.full((1, 16, 24), 7.0)):
+            self.assertEqual(model.targets(x, ids).abs().max().item(), 0)
+        z = 1e-2 * torch.randn(1, 16, 24).double()  # so small that the eps shows: variance 1e-4 beside 1e-5
+        with mock.patch.object(model.target_encoder, forward, lambda *_: z):
+            got = model.targets(x, torch.arange(16)[None])
+        self.close(got[0].var(dim=1, unbiased=False), (v := z[0].var(dim=1, unbiased=False)) / (v + 1e-5), 1e-5)
+
+    def test_steps(self):
+        """Several updates: AdamW by torch's own on the loop's gradients, its decay and rate by the closed forms, and
+        the target encoder to the bit what the formula makes of the weights after each."""
+        c = self.config(batch_size=4, grad_accum=2, lr=0.01, warmup=2, weight_decay=0.1, weight_decay_end=0.9, steps=9,
+                        ema_start=0.9, ema_end=0.98, patch_size=8)
+        model = self.ijepa.IJEPA(32, 8, 16, 1, 2, 8, 1, 2)
+        plain, images = copy.deepcopy(model), self.images(9)
+        optimizer = self.ijepa.adamw_groups(model, c.weight_decay)
+        flat = [p for p in plain.parameters() if p.requires_grad and p.dim() == 1]
+        decayed = [p for p in plain.parameters() if p.requires_grad and p.dim() > 1]
+        theirs = torch.optim.AdamW([dict(params=decayed), dict(params=flat, weight_decay=0)], betas=(0.9, 0.999))
+        for step in range(9):
+            before = copy.deepcopy(model.target_encoder.state_dict())
+            loss = self.ijepa.ijepa_step(model, model, optimizer, contextlib.nullcontext(), images, c, step, 9, 0, 1)
+            losses = [plain(x, *masks)[0] / 2 for x, masks in (self.ijepa.jepa_batch(
+                c, images, self.ijepa.CIFAR10_STATS, 4, step, slot, 2) for slot in (0, 1))]
+            sum(losses).backward()
+            self.assertAlmostEqual(loss.item(), sum(losses).item(), 6)
+            for group in theirs.param_groups:
+                group["lr"] = 0.01 * ((step + 1) / 3 if step < 2 else 0.5 + 0.5 * math.cos(math.pi * (step - 2) / 7))
+            theirs.param_groups[0]["weight_decay"] = 0.9 - 0.4 * (1 + math.cos(math.pi * step / 9))
+            theirs.step()
+            theirs.zero_grad()
+            for name, p in plain.named_parameters():
+                if not name.startswith("target_encoder"):
+                    self.close(model.state_dict()[name], p, 1e-5, f"{name} at step {step}")
+            momentum, after = 0.9 + 0.08 * step / 9, model.target_encoder.state_dict()
+            for name, t in before.items():
+                q = model.encoder.state_dict()[name]
+                self.same(after[name], torch.lerp(t, q, 1 - momentum), f"{name} at step {step}")
+                self.close(after[name], momentum * t.double() + (1 - momentum) * q.double(), 1e-6)
+            plain.load_state_dict(model.state_dict())  # else rounding grows
+        self.assertGreater((model.encoder.norm.weight - model.target_encoder.norm.weight).abs().max().item(), 1e-4)
+
+    def test_no_average(self):
+        """--no-ema, and --no-stop_gradient: the target encoder is the encoder."""
+        for more in (dict(ema=False), dict(stop_gradient=False)):
+            c = self.config(batch_size=4, lr=0.01, warmup=0, patch_size=8, **more)
+            model = self.ijepa.IJEPA(32, 8, 16, 1, 2, 8, 1, 2, stop_gradient=c.stop_gradient)
+            before = copy.deepcopy(model.encoder.state_dict())
+            self.ijepa.ijepa_step(model, model, self.ijepa.adamw_groups(model, 0.1), contextlib.nullcontext(),
+                                  self.images(9), c, 0, 9, 0, 1)
+            self.same(model.encoder.state_dict(), model.target_encoder.state_dict())
+            self.assertFalse(torch.equal(before["norm.weight"], model.encoder.norm.weight))
+
+    def test_schedules(self):
+        for steps, step in ((10, 0), (10, 3), (10, 10), (10, 12), (7, 5)):
+            share = min(1, step / steps)
+            for first, last in ((0.04, 0.4), (0.5, 0.1)):
+                want = first + (last - first) * math.sin(math.pi * share / 2) ** 2
+                self.assertAlmostEqual(self.ijepa.ramp(step, first, last, steps), want, 12)
+
+    def test_groups(self):
+        """Decay on weights, not on biases and norms; the target encoder and positions are not trained."""
+        model = self.ijepa.IJEPA(32, 8, 16, 2, 2, 8, 2, 2)
+        optimizer = self.ijepa.adamw_groups(model, 0.3)
+        names = {id(p): name for name, p in model.named_parameters()}
+        decayed, others = ({names[id(p)] for p in group["params"]} for group in optimizer.param_groups)
+        self.assertEqual([g["weight_decay"] for g in optimizer.param_groups], [0.3, 0])
+        fixed = {n for n in names.values() if "pos_embed" in n or n.startswith("target_encoder.")}
+        self.assertEqual(decayed | others | fixed, {*names.values()})
+        self.assertEqual((decayed & others, (decayed | others) & fixed), (set(), set()))
+        self.assertEqual(others, {n for n in names.values() if n.endswith("bias") or "norm" in n} - fixed)
+
+    def test_initial_weights(self):
+        """Xavier's bound, and what block l adds divided by √(2 l); the mask token's deviation .02; biases 0, but for
+        the patch projection's; positions the loop's."""
+        model = self.ijepa.IJEPA(32, 4, 192, 6, 3, 96, 3, 3)
+        for name, t in model.state_dict().items():
+            if name.endswith("pos_embed"):
+                self.close(t[0], slow_positions(t.size(2), 8), 1e-6)
+            elif name.endswith("mask_token"):
+                self.assertLess(abs(t.std().item() / 0.02 - 1), 0.2)
+            elif t.dim() > 1:
+                block = re.search(r"blocks\.(\d+)\.(attn\.proj|mlp\.fc2)", name)
+                bound = (6 / sum(t.flatten(1).shape)) ** 0.5 / ((2 * (int(block[1]) + 1)) ** 0.5 if block else 1)
+                self.assertTrue(0.98 * bound < t.abs().max().item() <= bound * (1 + 1e-6), name)
+                self.assertLess(abs(t.std().item() / bound * 3**0.5 - 1), 0.03, name)
+            elif "patch_embed" not in name:
+                self.assertEqual(t.unique().tolist(), [1.0 if "norm" in name and "weight" in name else 0.0], name)
+        self.same(model.encoder.state_dict(), model.target_encoder.state_dict())
+        with torch.device("meta"):  # [1]'s largest published encoder: 630 million numbers
+            self.assertEqual(sum(t.numel() for t in self.ijepa.Encoder(224, 14, 1280, 32, 16).state_dict().values()),
+                             sum(math.prod(s) for s in official_ijepa_shapes(1280, 32, 14, 224, 0, 0).values()))
+
+    def test_batches(self):
+        """A batch depends on (seed, step, slot) alone; each image has masks of its own, as the flags say."""
+        images, c = self.images(40), self.config(target_min=0.05, target_max=0.3, targets=3, context_min=0.9)
+
+        def batch(c, *where):
+            torch.manual_seed(int(torch.randint(99, (1,))))
+            x, (ids, targets, real) = self.ijepa.jepa_batch(c, images, self.ijepa.CIFAR10_STATS, 8, *where)
+            return [x, ids, targets, torch.ones_like(ids) == 1 if real is None else real]
+
+        a = batch(c, 3, 0, 1)
+        self.same(a, batch(c, 3, 0, 1))
+        for where, seed in (((4, 0, 1), 0), ((3, 1, 2), 0), ((3, 0, 1), 1)):
+            other = batch(dataclasses.replace(c, seed=seed), *where)
+            self.assertFalse(torch.equal(a[0], other[0]) or torch.equal(a[2], other[2]))
+        shares = set()
+        for step in range(15):
+            x, ids, targets, real = batch(c, step, 0, 1)
+            self.assertEqual((x.shape, len(targets)), ((8, 3, 32, 32), 24))
+            shares.add(targets.size(1))
+            sets = self.as_sets((ids, real, list(targets.view(3, 8, -1))), 8, 8)
+            self.assertTrue(all(not context & set().union(*blocks) for context, blocks in sets))
+        self.assertTrue(min(shares) < 8 and 15 < max(shares) < 25, shares)
+        known = {y.contiguous().numpy().tobytes(): n
+                 for n, y in enumerate(self.ijepa.normalise(images, self.ijepa.CIFAR10_STATS))}
+        seen = [known[x.contiguous().numpy().tobytes()] for step in range(5)
+                for x in batch(dataclasses.replace(c, crop=0, flip=False), step, 0, 1)[0]]
+        self.assertEqual(sorted(seen), list(range(40)))  # an epoch
+
+    def test_overfits(self):
+        """One batch, one mask: what an encoder that stays as it is makes of two images is learned by heart; to know
+        where a patch is, and not of which image, would not be enough."""
+        c = self.config(batch_size=2, lr=0.006, warmup=5, weight_decay=0, weight_decay_end=0, ema_start=1.0)
+        model = self.ijepa.IJEPA(32, 8, 32, 1, 2, 32, 1, 2)
+        optimizer, batch = self.ijepa.adamw_groups(model, 0.0), self.ijepa.jepa_batch
+        images = self.images(2, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)  # a colour for each patch
+        with mock.patch.object(self.ijepa, "jepa_batch", lambda c, *a: batch(c, *a[:3], 0, 0, 1)):
+            losses = [self.ijepa.ijepa_step(model, model, optimizer, contextlib.nullcontext(), images, c, step, 150, 0,
+                                            1).item() for step in range(150)]
+        x = batch(c, images, model.stats, 4, 0, 0, 1)[0]
+        with torch.no_grad():
+            z = F.layer_norm(model.target_encoder(x), (32,))  # (2, 16, 32)
+        of_places = F.smooth_l1_loss(z.mean(dim=0).expand_as(z), z).item()
+        self.assertLess(losses[-1], min(losses[0] / 20, of_places / 4))
+
+    # evaluation
+
+    def test_collapse_watch(self):
+        """The loss on validation images and its ratio to the loss of the mean target, by hand; features that have
+        collapsed, and a network that predicts the mean, look it."""
+        c, off = self.config(patch_size=8, probe_images=80, targets=4), contextlib.nullcontext()
+        splits = [(x, y) for x, y in (self.draw(80, 1), self.draw(30, 2))]
+        model = self.ijepa.IJEPA(32, 8, 32, 1, 2, 16, 1, 2)
+        with torch.no_grad():
+            for p in [*model.encoder.parameters(), *model.target_encoder.parameters()]:
+                p.add_(0.1 * torch.randn(p.shape))
+        got = self.ijepa.evaluate(model, *splits, c, off)
+        self.assertEqual(got, self.ijepa.evaluate(model, *splits, c, off))  # the same masks every time
+        x = self.ijepa.normalise(splits[1][0], self.ijepa.CIFAR10_STATS)
+        ids, real, targets = self.ijepa.sample_masks(30, 4, self.generator(0))
+        with torch.no_grad():
+            z = F.layer_norm(model.target_encoder(x), (32,))
+            context = model.encoder(x, ids, real)
+            want = torch.stack([z[n, t[n]] for t in targets for n in range(30)])
+            pred = torch.cat([model.predictor(context, ids, t, real) for t in targets])
+        places = torch.cat(targets).flatten().tolist()
+        at = collections.defaultdict(list)
+        for place, row in zip(places, want.flatten(0, 1)):
+            at[place].append(row)
+        table = torch.stack([sum(at[i]) / max(1, len(at[i])) + torch.zeros(32) for i in range(16)])
+        of_mean = F.smooth_l1_loss(table[places], want.flatten(0, 1)).item()  # of the place, whatever the image
+        self.assertAlmostEqual(got["val_loss"], F.smooth_l1_loss(pred, want).item(), 5)
+        self.assertAlmostEqual(got["over_mean"], F.smooth_l1_loss(pred, want).item() / of_mean, 4)
+        z = [model.features(self.ijepa.normalise(x, self.ijepa.CIFAR10_STATS)).detach() for x, _ in splits]
+        self.assertAlmostEqual(got["rankme"], self.ijepa.rankme(z[1]), 3)
+        unit = [[v / math.hypot(*row) for v in row] for row in z[1].tolist()]
+        self.assertAlmostEqual(got["std"], sum(statistics.stdev(v) for v in zip(*unit)) / 32 * 32**0.5, 4)
+        with mock.patch.object(model.predictor, "forward", lambda context, ids, target_ids, real: table[target_ids]):
+            self.assertAlmostEqual(self.ijepa.evaluate(model, *splits, c, off)["over_mean"], 1, 5)
+        with torch.no_grad():
+            model.target_encoder.norm.weight.mul_(1e-4)  # all features are nearly the norm's bias
+            model.target_encoder.norm.bias.normal_()
+        gone = self.ijepa.evaluate(model, *splits, c, off)
+        self.assertTrue(gone["std"] < 1e-3 and gone["rankme"] < 1.1, gone)
+        self.assertTrue(got["std"] > 0.05 and got["rankme"] > 3, got)
+
+    def test_collapse(self):
+        """Where the gradient bends the targets, features collapse, and the log shows it."""
+        flags = ["--steps", 60, "--eval_every", 60, "--lr", 0.005, "--ema_start", 0.9]
+        runs = [self.train(name, *flags, *more) for name, more in (("a", []), ("b", ["--no-stop_gradient"]))]
+        last = [[row for row in r.rows if "val_loss" in row][-1] for r in runs]
+        self.assertLess(last[1]["std"], 0.5 * last[0]["std"])
+        self.assertLess(last[1]["val_loss"], last[0]["val_loss"])  # a lower loss, and worse
+
+    def test_show_masks(self):
+        """Each row: an image, its context, its targets, the rest grey."""
+        status, out, err = run("ijepa", "--show_masks", "--out", self.dir / "o", "--patch_size", 4, "--targets", 3)
+        self.assertEqual((status, err, [p.name for p in (self.dir / "o").iterdir()]), (0, "", ["masks.png"]))
+        sheet, images = slow_png(self.dir / "o/masks.png"), self.draw(160, 1)[0]
+        self.assertEqual(sheet.shape, (4 + 6 * 100, 4 + 5 * 100, 3))
+        sizes = set()
+        for n in range(6):
+            row = sheet[4 + n * 100:][:96:3].astype(int)
+            image, *parts = [row[:, 4 + 100 * k:][:, :96:3] for k in range(5)]
+            self.assertTrue((image == images[n].permute(1, 2, 0).numpy()).all())
+            seen = [{i for i in range(64) if not (p[i // 8 * 4:][:4, i % 8 * 4:][:, :4] == 128).all()} for p in parts]
+            for p, ids in zip(parts, seen):
+                mask = self.pixels(torch.zeros(3, 32, 32), ids).permute(1, 2, 0).numpy()
+                self.assertTrue((p == np.where(mask, image, 128)).all())
+            self.assertFalse(seen[0] & set().union(*seen[1:]))
+            self.assertEqual(len({len(ids) for ids in seen[1:]}), 1)
+            sizes.add(len(seen[1]))
+        self.assertGreater(len(sizes), 1)
+
+    # runs
+
+    def test_run(self):
+        """What a run leaves: val loss under fixed masks, best.pt by the probe, random init and pixels beside it."""
+        a = self.train("a", "--eval_every", 3, "--lr", 0.05)
+        looks = [row for row in a.rows if "val_loss" in row]
+        self.assertEqual([row["step"] for row in looks], [0, 3, 6, 9, 12])
+        for row in looks:
+            self.assertLessEqual({"knn", "linear", "rankme", "std", "knn_random_init", "linear_random_init",
+                                  "knn_pixels", "linear_pixels", "seconds"}, set(row))
+        for key in ("knn", "linear"):  # before the first step it is at random init
+            self.assertEqual({row[f"{key}_random_init"] for row in looks}, {looks[0][key]})
+        best = torch.load(a.out / "best.pt", weights_only=True)
+        self.assertEqual(best["best"], max(row["linear"] for row in looks))
+        self.assertEqual([row["linear"] for row in looks if row["step"] == best["step"]], [best["best"]])
+        last = a.rows[-1]
+        for name in ("", "_random_init", "_pixels"):
+            for key in ("knn", "linear", "linear_10%", "linear_1%", "rankme", "std"):
+                self.assertIn(f"test_{key}{name}", last)
+        encoder = self.ijepa.Encoder(**{k: v for k, v in a.ckpt["encoder_config"].items() if k != "pool"})
+        encoder.load_state_dict(a.ckpt["encoder"])  # what is judged is the target encoder
+        few, (x, y) = [t[:80] for t in self.draw(160, 1)], self.draw(40, 2)
+        z = [encoder(self.ijepa.normalise(t, self.ijepa.CIFAR10_STATS)).mean(dim=1).detach() for t in (few[0], x)]
+        self.assertEqual(looks[-1]["knn"], self.ijepa.knn_accuracy(z[0], few[1], z[1], y))
+        self.assertAlmostEqual(looks[-1]["std"], self.ijepa.spread(z[1]), 5)
+        self.assertAlmostEqual(looks[-1]["rankme"], self.ijepa.rankme(z[1]), 4)
+
+    def test_resume(self):
+        """12 steps are 6, stop, resume, 6 more: bit for bit."""
+        for kind in (["--grad_accum", 2], ["--no-ema"], ["--no-stop_gradient"]):
+            a = self.train("a", *kind)
+            b = self.train("b", *kind, "--stop_at", 6)
+            self.assertEqual((b.ckpt["step"], b.rows[-1]["step"]), (6, 6))
+            self.assertFalse(torch.equal(*(r.ckpt["encoder"]["norm.weight"] for r in (a, b))))
+            with open(b.out / "log.jsonl", "a") as file:  # what a killed run may have left
+                file.write('{"step": 8, "loss": 9.0}\n{"step": 9, "lo')
+            b = self.train("b", "--resume", tiny=False)
+            self.same_run(a, self.look(b.out))
+            self.assertEqual(sum("final" in row for row in b.rows), 1)
+            self.assertEqual(*({k: v for k, v in r.ckpt["config"].items() if k not in ("out", "resume")}
+                               for r in (a, b)))
+            shutil.rmtree(a.out)
+            shutil.rmtree(b.out)
+
+    def test_evaluation_changes_nothing(self):
+        runs = [self.train(f"e{every}", "--eval_every", every, "--log_every", log)
+                for every, log in ((3, 2), (12, 5))]
+        for key in ("model", "optimizer", "encoder"):
+            self.same(*(r.ckpt[key] for r in runs))
+        self.assertNotEqual(self.train("s", "--seed", 7).losses, self.train("t").losses)
+
+    def test_full_train(self):
+        """Pre-training sees the validation images too; probes are as they were."""
+        a, b = self.train("a", "--steps", 1), self.train("b", "--steps", 1, "--full_train")
+        self.assertIn("160 images", a.text)
+        self.assertIn("200 images", b.text)
+        self.assertEqual(*({k: v for k, v in r.rows[0].items() if k != "seconds"} for r in (a, b)))
+
+    def test_torchrun(self):
+        """Two processes update as one does with twice the accumulation; the checkpoint's names are plain."""
+        module = Path(inspect.getfile(small_ijepa)).stem
+        (self.dir / "two.py").write_text(f"import sys\nimport {module}\nwith {module}.small_ijepa():\n"
+                                         "    import ijepa\n    sys.exit(ijepa.main(sys.argv[1:]))\n")
+        flags = [*self.tiny, "--steps", 6]
+        done = child("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", self.dir / "two.py", *flags,
+                     "--out", self.dir / "two", cwd=self.dir)
+        self.assertEqual(done.returncode, 0, done.stderr[-2000:])
+        one, two = self.train("one", *flags, "--grad_accum", 2), self.look(self.dir / "two")
+        start = self.train("start", *flags, "--lr", 1e-12, "--stop_at", 1)
+        for part in ("model", "encoder"):
+            self.assertEqual(list(one.ckpt[part]), list(two.ckpt[part]))
+            for name, p in one.ckpt[part].items():
+                self.assertLess((p - two.ckpt[part][name]).abs().max().item(), 2e-6, name)
+        moved = max((p - start.ckpt["model"][name]).abs().max().item() for name, p in one.ckpt["model"].items())
+        self.assertGreater(moved, 1e-4)  # of which two processes are to miss nothing
+        for step, loss in one.losses.items():
+            self.assertAlmostEqual(loss, two.losses[step], delta=1e-5)
+        self.assertEqual([r["lr"] for r in one.rows if "lr" in r], [r["lr"] for r in two.rows if "lr" in r])
+        self.assertEqual(done.stdout.count("step 6/6 | loss"), 1)  # one process speaks
+
+    def test_ctrl_c(self):
+        """Between two steps: a checkpoint, how to go on, status 130; and the run goes on bit for bit."""
+        a, step, calls = self.train("a"), self.ijepa.ijepa_step, []
+
+        def interrupted(*args, **more):
+            calls.append(1)
+            if len(calls) == 4:
+                signal.raise_signal(signal.SIGINT)
+            return step(*args, **more)
+
+        handler = signal.getsignal(signal.SIGINT)
+        with mock.patch.object(self.ijepa, "ijepa_step", interrupted):
+            b = self.train("b", status=130)
+        self.assertIs(signal.getsignal(signal.SIGINT), handler)
+        self.assertEqual((b.ckpt["step"], len(calls)), (4, 4))
+        command = re.search(r"python ijepa\.py (.*--resume.*)", b.text)[1]
+        self.assertEqual(run("ijepa", *shlex.split(command))[0], 0)
+        b = self.look(b.out)
+        for key in ("model", "optimizer", "best", "encoder"):
+            self.same(a.ckpt[key], b.ckpt[key], key)
+        self.assertEqual(a.val, b.val)
+
+    def test_kill(self):
+        """Whatever ends a run, in the middle of a checkpoint's write too: the last whole one goes on bit for bit."""
+        class Killed(BaseException):
+            pass
+
+        a, save, step, count = self.train("a"), torch.save, self.ijepa.ijepa_step, []
+
+        def half(content, file):
+            if content["step"] == 6:
+                file.write(b"PK half of it")
+                raise Killed
+            save(content, file)
+
+        def dies(*args, **more):
+            count.append(1)
+            if len(count) == 10:
+                raise Killed
+            return step(*args, **more)
+
+        for patch, last in ((mock.patch.object(self.ijepa.torch, "save", half), 0),
+                            (mock.patch.object(self.ijepa, "ijepa_step", dies), 6)):
+            with patch, self.assertRaises(Killed):
+                self.train("b")
+            self.assertEqual(self.look(self.dir / "b").ckpt["step"], last)
+            self.assertFalse([*(self.dir / "b").glob("*.tmp")])
+            (self.dir / "b/ckpt.pt.tmp").write_bytes(b"PK half of it")  # what kill -9 would have left
+            self.same_run(a, self.train("b", "--resume", tiny=False))
+
+    def test_not_finite(self):
+        """The run stops with status 1, names the step, and keeps the last good checkpoint."""
+        out = self.dir / "o"
+        status, _, err = run("ijepa", *self.tiny, "--out", out, "--lr", 9e18, "--warmup", 0, "--log_every", 1)
+        self.assertEqual(status, 1, err)
+        self.assertRegex(err, r"\Aijepa\.py: [^\n]*(nan|inf)[^\n]* step [123]\b[^\n]*\n\Z")
+        saved = torch.load(out / "ckpt.pt", weights_only=True)
+        self.assertEqual(saved["step"], 0)
+        self.assertTrue(all(p.isfinite().all() for p in saved["model"].values()))
+
+    def test_low_precision(self):
+        a, b = (self.train(dtype, "--dtype", dtype, "--lr", 0.002) for dtype in ("float32", "bfloat16"))
+        for step, loss in a.losses.items():
+            self.assertAlmostEqual(loss, b.losses[step], delta=0.03 * loss)
+        self.assertNotEqual(a.losses, b.losses)
+        self.assertEqual({p.dtype for p in b.ckpt["model"].values()}, {torch.float32})
+
+    # official weights
+
+    def official(self, name="IN1K-vit.s.8-9e.pth.tar", dim=128, depth=2, patch=8, image=24, **more):
+        """A file as it is published, but small: its path, and what is in its target encoder."""
+        shapes = official_ijepa_shapes(dim, depth, patch, image, 32, 1)
+        w = random_vit(shapes, 3)
+        other = random_vit(shapes, 4), random_vit(official_ijepa_shapes(dim, depth, patch, image, 32, 1, False), 5)
+        encoder, predictor, target = ({f"module.{k}": t for k, t in part.items()} for part in (*other, w))
+        torch.save(dict(encoder=encoder, predictor=predictor, opt=dict(state={}, param_groups=[]), scaler={},
+                        target_encoder=target, epoch=300, loss=0.1, batch_size=128, world_size=16, lr=1e-3) | more,
+                   self.dir / name)
+        return self.dir / name, w
+
+    def test_official_shapes(self):
+        """The published file's target encoder loads strictly, and gives what a loop makes of it."""
+        path, w = self.official()
+        model = self.ijepa.Encoder.from_pretrained(path)
+        self.same({k: model.state_dict()[k] for k in w}, w)
+        x = torch.randn(2, 3, 24, 24)
+        w = {k: t.double() for k, t in w.items()}
+        self.close(model(x), torch.stack([slow_ijepa_encoder(w, i, range(9), 2) for i in x.double()]), 1e-5)
+        self.close(model.features(x), model(x).double().mean(dim=1), 1e-6)
+        predictor = self.ijepa.Predictor(9, 128, 32, 1, 1)  # its names are the published ones
+        shapes = official_ijepa_shapes(128, 2, 8, 24, 32, 1, False)
+        self.assertEqual({k: tuple(t.shape) for k, t in predictor.state_dict().items()}, shapes)
+        with torch.device("meta"):
+            model = self.ijepa.Encoder(224, 14, 1280, 32, 16)
+        self.assertEqual({k: tuple(t.shape) for k, t in model.state_dict().items()},
+                         official_ijepa_shapes(1280, 32, 14, 224, 0, 0))
+
+    def test_official_refused(self):
+        """Anything missing, or more, or of another shape; what is no such file; code."""
+        name = "IN1K.pth.tar"
+        path, w = self.official(name)
+        for change in (lambda w: w.pop("norm.weight"), lambda w: w.update(more=torch.ones(1)),
+                       lambda w: w.update({"norm.bias": torch.ones(65)}), lambda w: w.pop("pos_embed"),
+                       lambda w: w.update(pos_embed=torch.ones(1, 10, 128)),
+                       lambda w: w.update(cls_token=w["norm.bias"]), lambda w: w.pop("blocks.1.attn.qkv.bias")):
+            wrong = dict(w)
+            change(wrong)
+            self.official(name, target_encoder={f"module.{k}": t for k, t in wrong.items()})
+            self.bad("--compare", path, "--out", self.dir / "o", says=name)
+        marker = self.dir / "marker"
+        for content in ({"target_encoder": {**w, "norm.bias": Evil(marker)}}, [1, 2], {"a": 1}, {"target_encoder": 1},
+                        {"target_encoder": {k: 1 for k in w}}, w):
+            torch.save(content, path)
+            self.bad("--compare", path, "--out", self.dir / "o", says=name)
+        self.official(name)
+        path.write_bytes(path.read_bytes()[:5000])
+        self.bad("--compare", path, says=name)
+        self.assertFalse(marker.exists())
+
+    def test_official_download(self):
+        """A name downloads the file from its publisher, checked by its size."""
+        path, w = self.official()
+        body, asked, get = path.read_bytes(), [], self.ijepa.requests.get
+        server = Server(self, dict(body=body, cut=5000), dict(body=body))
+
+        def redirected(url, **how):
+            asked.append(url)
+            return get(server.url, **how)
+
+        name, data = "IN1K-vit.h.14-300e", self.dir / "data"
+        with mock.patch.object(self.ijepa.requests, "get", redirected), \
+                contextlib.redirect_stderr(io.StringIO()) as err:
+            with self.assertRaisesRegex(ValueError, "download"):  # it breaks off; the next try goes on
+                self.ijepa.Encoder.from_pretrained(name, data)
+            self.assertEqual([p.suffix for p in data.iterdir()], [".part"])
+            model = self.ijepa.Encoder.from_pretrained(name, data)
+            self.ijepa.Encoder.from_pretrained(name, data)  # it is there
+        self.same({k: model.state_dict()[k] for k in w}, w)
+        self.assertIn(f"of {len(body) / 1e6:.1f} MB", err.getvalue())
+        self.assertEqual(asked, ["https://dl.fbaipublicfiles.com/ijepa/IN1K-vit.h.14-300e.pth.tar"] * 2)
+        self.assertEqual([p.name for p in data.iterdir()], [f"{name}.pth.tar"])
+        for name, address in self.ijepa.OFFICIAL.items():
+            self.assertEqual(address, f"https://dl.fbaipublicfiles.com/ijepa/{name}.pth.tar")
+
+    # t-SNE
+
+    def blobs(self, n=60, C=5, classes=3, apart=8.0, seed=0):
+        g = torch.Generator().manual_seed(seed)
+        y = torch.arange(n * classes) % classes
+        return torch.randn(n * classes, C, generator=g).double() + apart * torch.eye(C).double()[y], y
+
+    def test_affinities(self):
+        """Every row has perplexity 30, by a scan of its own; for points of any scale, a far one and twins too."""
+        x = torch.randn(70, 4).double()
+        x[1] += 50
+        x[2] = x[3]
+        rows = slow_conditionals(x, 30)
+        entropy = -(rows * rows.clamp(min=1e-300).log()).sum(dim=1)
+        self.assertLess((entropy.exp() - 30).abs().max().item(), 1e-6)
+        P = self.ijepa.affinities(x, 30.0)
+        self.close(P, (rows + rows.T) / 140, 1e-6)
+        self.same(P, P.T)
+        self.assertAlmostEqual(P.sum().item(), 1, 9)
+        for scale in (1e-5, 1e5):
+            self.close(self.ijepa.affinities(x * scale, 30.0), P, 1e-6)
+        self.close(self.ijepa.affinities(x, 7.0), (lambda p: (p + p.T) / 140)(slow_conditionals(x, 7)), 1e-6)
+
+    def test_tsne_gradient(self):
+        """Against autograd of the divergence."""
+        P = self.ijepa.affinities(self.blobs(10)[0], 8.0)
+        for scale in (1e-4, 1, 30):
+            y = (scale * torch.randn(30, 2).double()).requires_grad_()
+            slow_kl(P, y).backward()
+            self.close(self.ijepa.tsne_gradient(P, y.detach()), y.grad, 1e-8)
+
+    def test_tsne(self):
+        """Three blobs lie apart, the divergence is small; nothing is random; scale and place do not matter."""
+        x, y = self.blobs(40)
+        Y = self.ijepa.tsne(x)
+        state = torch.get_rng_state()
+        torch.manual_seed(9)
+        self.same(self.ijepa.tsne(x.float().double()), self.ijepa.tsne(x.float()))
+        torch.set_rng_state(state)
+        self.same(self.ijepa.tsne(x), Y)
+        centres = torch.stack([Y[y == k].mean(dim=0) for k in range(3)])
+        within = torch.stack([(Y[y == k] - centres[k]).norm(dim=1).max() for k in range(3)])
+        self.assertGreater(torch.pdist(centres).min().item(), 2 * within.max().item())
+        P = self.ijepa.affinities(x)
+        random = slow_kl(P, torch.randn(120, 2, generator=torch.Generator().manual_seed(0)).double())
+        self.assertLess(slow_kl(P, Y.double()).item(), 0.3 * random.item())
+        for z in (x, torch.cat((x, 1e-3 * torch.randn(120, 80)), dim=1)):  # as many components as there are, or 50
+            k = min(50, z.size(1))
+            got, centred = self.ijepa.pca(z, k), z - z.mean(dim=0)
+            values, vectors = torch.linalg.eigh(centred.T @ centred)
+            want = centred @ vectors.flip(1)[:, :k]
+            self.close(got @ got.T, want @ want.T, 1e-9)
+            self.close(got.square().sum(dim=0), values.flip(0)[:k], 1e-8)
+
+    def test_tsne_steps(self):
+        """P is 12 times too large for 250 steps, which have momentum .5, later ones .8; rates per number."""
+        x, _ = self.blobs(20)
+        P, Y0 = self.ijepa.affinities(self.ijepa.pca(x, 50), (60 - 1) / 3).float(), []
+        sums, signs = [], torch.tensor([1.0, -1.0]).repeat(30)[:, None]
+        draws = np.random.default_rng(0).normal(size=400)
+
+        def gradient(P_, Y):
+            Y0.append(Y)
+            sums.append(P_.sum().item())
+            return signs * torch.tensor([[draws[len(sums) - 1], 0.5]])
+
+        with mock.patch.object(self.ijepa, "tsne_gradient", gradient):
+            Y = self.ijepa.tsne(x, iterations=300)
+        self.close(torch.tensor(sums), torch.tensor([12.0] * 250 + [1.0] * 50), 1e-5)
+        self.assertLess(Y0[0].abs().max().item(), 1e-3)
+        steady = [0.5] * 300
+        for sign, values, got in zip((1, -1, 1, -1), (draws, draws, steady, steady), (Y - Y0[0])[:2].T.flatten()):
+            place, velocity, gain = 0.0, 0.0, 1.0
+            for step in range(300):
+                slope = sign * values[step]
+                gain = max(0.01, gain * 0.8 if (slope > 0) == (velocity > 0) else gain + 0.2)
+                velocity = (0.5 if step < 250 else 0.8) * velocity - 50 * gain * slope
+                place += velocity
+            self.assertAlmostEqual(got.item() / place, 1, delta=0.01)  # fp32
+        self.assertEqual(inspect.signature(self.ijepa.tsne).parameters["perplexity"].default, 30)
+
+    # comparison, and other scripts
+
+    def checkpoints(self):
+        """Small checkpoints of every script, two of mae.py: {name: (path, its own features of normalised images)}."""
+        import mae
+        import simclr
+        import vit
+        found, short = {}, ["--steps", 1, "--batch_size", 8, "--dtype", "float32"]
+        flags = ["--patch_size", 8, "--dim", 32, "--depth", 1, "--heads", 2]
+        small = ["--probe_images", 40]
+        for name, script, patch, more in (
+                ("mae", "mae", small_mae(), [*flags, *small]),
+                ("mae_cls", "mae", small_mae(), [*flags, *small, "--pool", "cls"]),
+                ("simclr", "simclr", small_simclr(size=32), ["--encoder", "vit", "--width", 16, "--depth", 1, *small]),
+                ("vit", "vit", small_vit(), []), ("vit_cls", "vit", small_vit(), ["--pool", "cls"]),
+                ("ijepa", "ijepa", contextlib.nullcontext(), [*flags, *small])):
+            with patch:
+                status, _, err = run(script, *short, *more, "--out", self.dir / name)
+            self.assertEqual(status, 0, err)
+            path = self.dir / name / "ckpt.pt"
+            saved = torch.load(path, weights_only=True)
+            if script == "mae":
+                model = mae.MAE(**saved["model_config"])
+                features = functools.partial(model.features, pool="cls" if "cls" in name else "mean")
+            elif script == "simclr":
+                model = features = simclr.PatchEncoder(**saved["encoder_config"])
+            elif script == "vit":
+                model = vit.ViT(**saved["model_config"])
+                features = model.features
+            else:
+                model = self.ijepa.Encoder(32, 8, 32, 1, 2)
+                features = lambda x, model=model: model(x).mean(dim=1)
+            model.load_state_dict(saved["model" if script in ("mae", "vit") else "encoder"])
+            model.eval()
+            found[name] = path, features
+        return found
+
+    def test_compare(self):
+        """Every script's encoder gives the features that its script takes; each row of the table is what the probes
+        make of these; the maps are XML, the sheet shows the images that are nearest."""
+        found = self.checkpoints()
+        flags = ["--compare", ",".join(str(path) for path, _ in found.values()), "--dtype", "float32", "--tsne_images",
+                 100, "--out", self.dir / "o"]
+        before = {name: path.read_bytes() for name, (path, _) in found.items()}
+        maps, tsne = [], self.ijepa.tsne
+        with mock.patch.object(self.ijepa, "tsne", lambda x: maps.append(x) or tsne(x, iterations=300)):
+            status, out, err = run("ijepa", *flags)
+        self.assertEqual((status, err), (0, ""))
+        self.assertEqual(before, {name: path.read_bytes() for name, (path, _) in found.items()})
+        results = json.loads((self.dir / "o/compare.json").read_text())
+        self.assertEqual([*results], [*found, "random_init", "pixels"])
+        splits = [self.draw(n, seed) for n, seed in ((160, 1), (40, 2), (40, 3))]
+        y = [y for _, y in splits]
+        images = [self.ijepa.normalise(x, self.ijepa.CIFAR10_STATS) for x, _ in splits]
+        some = {1.0: torch.arange(160)}
+        some |= {share: torch.cat([(y[0] == k).nonzero()[:max(1, round(share * 16)), 0] for k in range(10)]
+                                  ).sort().values for share in (0.1, 0.01)}
+        features = {name: f for name, (_, f) in found.items()} | {"pixels": lambda x: x.flatten(1)}
+        rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.split()[0] in results}
+        for name, f in features.items():
+            with torch.no_grad():
+                z = [f(x) for x in images]
+            scores = dict(knn=self.ijepa.knn_accuracy(z[0], y[0], z[2], y[2]))
+            for share, index in some.items():
+                scores["linear" if share == 1 else f"linear_{share:.0%}"] = self.ijepa.linear_probe(
+                    z[0][index], y[0][index], z[1], y[1], z[2], y[2])
+            scores |= dict(rankme=self.ijepa.rankme(z[2]), std=self.ijepa.spread(z[2]))
+            self.assertEqual([*results[name]], [*scores])
+            for key, value in scores.items():  # fp32's rounding may move an image of 40
+                self.assertAlmostEqual(results[name][key] / max(1, value), value / max(1, value), delta=0.026)
+            self.close(maps[[*results].index(name)], z[2], 1e-4, name)
+            self.assertEqual(rows[name], [f"{v:.4f}" for v in results[name].values()])
+        self.assertNotEqual(results["mae"]["rankme"], results["random_init"]["rankme"])
+        svg = xml.etree.ElementTree.parse(self.dir / "o/tsne.svg").getroot()
+        texts = [e.text for e in svg if e.tag.endswith("text")]
+        self.assertEqual(texts, [*results, *self.ijepa.SHAPES])
+        dots = [e.get("d").count("M") for e in svg if e.tag.endswith("path")]
+        self.assertEqual((len(dots), sum(dots)), (10 * len(results), 40 * len(results)))
+        sheet, (x, _) = slow_png(self.dir / "o/neighbours.png"), splits[0]
+        self.assertEqual(sheet.shape, (10 * 68 + 4, (1 + 6 * len(results)) * 68 + 4, 3))
+        tile = lambda i, j: torch.from_numpy(sheet[4 + 68 * i:][:64:2, 4 + 68 * j:][:, :64:2].copy()).permute(2, 0, 1)
+        z = [F.normalize(t.flatten(1), dim=1) for t in (images[2], images[0])]
+        for k in range(10):
+            query = y[2].tolist().index(k)
+            self.same(tile(k, 0), splits[2][0][query])
+            order = (z[1] @ z[0][query]).argsort(descending=True)
+            for j in range(5):
+                self.same(tile(k, 2 + 6 * (len(results) - 1) + j), x[order[j]])
+            self.assertTrue((tile(k, 1) == 255).all())
+
+    def test_compare_refused(self):
+        """What holds no encoder, or another kind: one line. Folders of the same name are numbered."""
+        a, where = self.train("a", "--steps", 1), ["--out", self.dir / "o", "--tsne_images", 100]
+        saved = torch.load(a.out / "ckpt.pt", weights_only=True)
+        with small_simclr():
+            self.assertEqual(run("simclr", "--steps", 1, "--batch_size", 8, "--width", 8, "--head_dim", 16, "--out",
+                                 self.dir / "resnet", "--probe_images", 40)[0], 0)
+        with small_vit():
+            self.assertEqual(run("vit", "--steps", 1, "--batch_size", 8, "--conv_stem", "--out", self.dir / "stem")[0],
+                             0)
+        foreign = [self.dir / "resnet/ckpt.pt", self.dir / "stem/ckpt.pt"]
+        for name, content in (("list.pt", [1, 2]), ("object.pt", Evil(self.dir / "marker")), ("none.pt", {"a": 1}),
+                              ("shape.pt", saved | dict(encoder=saved["encoder"] | {"norm.bias": torch.ones(5)})),
+                              ("more.pt", saved | dict(encoder=saved["encoder"] | {"more": torch.ones(5)})),
+                              ("no.pt", {k: v for k, v in saved.items() if k != "encoder"}),
+                              ("sizes.pt", saved | dict(encoder_config={"dim": 3}))):
+            torch.save(content, self.dir / name)
+            foreign.append(self.dir / name)
+        (self.dir / "noise.pt").write_bytes(os.urandom(5000))
+        for path in [*foreign, self.dir / "noise.pt"]:
+            self.bad("--compare", f"{a.out}/ckpt.pt,{path}", *where, says=str(path))
+        self.assertFalse((self.dir / "marker").exists())
+        self.bad("--compare", f"{a.out}/ckpt.pt,{self.dir}/gone.pt", *where, says="gone.pt")
+        self.bad("--compare", f"{a.out}/ckpt.pt,", *where)
+        with mock.patch.object(self.ijepa, "tsne", lambda x: torch.randn(len(x), 2)):
+            status, out, err = run("ijepa", "--compare", f"{a.out}/ckpt.pt,{a.out}/best.pt", *where)
+        self.assertEqual((status, err), (0, ""))
+        self.assertEqual([*json.loads((self.dir / "o/compare.json").read_text())], ["0", "1", "random_init", "pixels"])
+        self.assertLess(out.index(f"0: {a.out}/ckpt.pt"), out.index(f"1: {a.out}/best.pt"))
+
+    def test_encoder_in_vit(self):
+        """vit.py gets the same features from the checkpoint, and goes on from it; so does --init here."""
+        import vit
+        x, a = self.ijepa.normalise(self.images(5), self.ijepa.CIFAR10_STATS), self.train("a", "--steps", 3)
+        model = self.ijepa.Encoder.from_pretrained(a.out / "ckpt.pt")
+        other = vit.ViT.from_pretrained(a.out / "ckpt.pt").eval()
+        self.assertEqual((other.pool, other.blocks[0].attn.heads), ("mean", 2))
+        with torch.no_grad():
+            self.close(other.features(x), model.features(x), 1e-6)
+        with small_vit():
+            status, _, err = run("vit", "--init", a.out / "ckpt.pt", "--steps", 1, "--batch_size", 8, "--lr", 1e-12,
+                                 "--weight_decay", 0, "--dtype", "float32", "--out", self.dir / "v")
+        self.assertEqual(status, 0, err)
+        tuned = torch.load(self.dir / "v/ckpt.pt", weights_only=True)["model"]
+        for name, t in a.ckpt["encoder"].items():
+            self.close(tuned[name], t, 1e-6, name)
+        b = self.train("b", "--init", a.out / "best.pt", "--steps", 1, "--lr", 1e-12)
+        for name, p in torch.load(a.out / "best.pt", weights_only=True)["model"].items():
+            self.assertLess((b.ckpt["model"][name] - p).abs().max().item(), 1e-6, name)
+        for flags in (["--dim", 64], ["--predictor_depth", 3], ["--patch_size", 2], ["--heads", 1]):
+            self.bad(*self.tiny, "--init", a.out / "best.pt", *flags, says=flags[0])
+        # the sizes are the file's where no flag says otherwise
+        status, _, err = run("ijepa", "--init", a.out / "ckpt.pt", "--steps", 1, "--out", self.dir / "c",
+                             "--batch_size", 8, "--probe_images", 40)
+        self.assertEqual(status, 0, err)
+        self.assertEqual(self.look(self.dir / "c").ckpt["config"]["predictor_dim"], 16)
+
+    # bad input
+
+    def test_bad_flags(self):
+        for flags in """--patch_size 5, --patch_size 0, --patch_size 16, --patch_size 32, --dim 30, --dim 36 --heads 5,
+                --heads 3, --predictor_dim 18, --predictor_heads 3, --depth 0, --predictor_depth 0, --targets 0,
+                --target_min 0, --target_min 0.3, --target_max 1.1, --target_max 0.1, --target_min nan,
+                --context_min 0, --context_min 1.5, --context_min -1, --ema_start 1.1, --ema_start -1, --ema_end nan,
+                --ema_end 2, --lr nan, --lr 0, --lr -1, --lr inf, --weight_decay -1, --weight_decay_end nan,
+                --warmup -1, --batch_size 0, --grad_accum 0, --epochs 0, --epochs nan, --steps 0, --steps 1.5,
+                --stop_at 0, --eval_every 0, --log_every 0, --probe_images 0, --tsne_images 3001, --tsne_images 0,
+                --seed -1, --labels 0, --labels 2, --crop 32, --crop -1, --dtype int8, --device nowhere,
+                --data nowhere, --data=, --out=, --no_such_flag 1, --step 5, --steps, stray, --resume,
+                --resume --init x.pt, --init nowhere.pt, --init=, --init IN1K-vit.h.14-300e, --compare=,
+                --compare nowhere.pt, --compare nowhere,
+                --patch_size 4 --target_max 0.65""".split(","):
+            self.bad(*self.tiny, *flags.split())
+        self.bad("--patch_size", 5, says=("--patch_size", "5", "32"))
+        self.bad("--show_masks", "--compare", HERE / "tests.py", says="give one of them")
+        self.bad("--tsne_images", 4000, says=("--tsne_images", "4000", "3000"))
+        self.bad("--target_min", 0.5, says=("--target_min", "0.5", "--target_max 0.2"))
+        for flags in ("--target_min 0.9 --target_max 1", "--target_min 0.5 --target_max 0.6 --context_min 0.1"):
+            self.bad(*self.tiny, *flags.split(), says="--target_max")  # nothing would be left of the context
+        self.bad("--resume", "--out", self.dir / "none", says="ckpt.pt")
+        (self.dir / "text.txt").write_text("hello")
+        for flags in ([], ["--show_masks"]):
+            self.bad(*self.tiny, *flags, "--out", self.dir / "text.txt", says="text.txt", status=1)
+        self.bad("--data", self.dir / "nowhere", "--lr", "nan", says="--lr")  # flags come before data
+
+    def test_wrong_sizes(self):
+        for sizes in ((30, 4, 24, 1, 3), (32, 4, 24, 1, 5), (32, 4, 18, 1, 3)):
+            with self.assertRaises(ValueError):
+                self.ijepa.Encoder(*sizes)
+        for sizes in ((15, 24, 16, 1, 2), (16, 24, 16, 1, 3), (16, 24, 18, 1, 2)):
+            with self.assertRaises(ValueError):
+                self.ijepa.Predictor(*sizes)
+        model = self.ijepa.Encoder(16, 4, 24, 1, 3)
+        for shape in ((1, 3, 24, 24), (1, 3, 16, 12)):
+            with self.assertRaises(ValueError):
+                model(torch.zeros(shape))
+            with self.assertRaises(ValueError):
+                model(torch.zeros(shape), torch.zeros(1, 2).long())
+
+    def test_bad_checkpoints(self):
+        a = self.train("a", "--steps", 2)
+        good, saved = (a.out / "best.pt").read_bytes(), torch.load(a.out / "best.pt", weights_only=True)
+
+        def checkpoint(name, content):
+            torch.save(content, self.dir / name)
+            return self.dir / name
+
+        foreign = [checkpoint("list.pt", [1, 2]), checkpoint("object.pt", Evil(self.dir / "marker")),
+                   checkpoint("arch.pt", saved | dict(model_config=dict(arch="resnet18"))),
+                   checkpoint("vit.pt", saved | dict(model_config=dict(image_size=32, num_classes=10))),
+                   checkpoint("names.pt", saved | dict(model=saved["encoder"] | {"head.bias": torch.ones(1)})),
+                   checkpoint("shape.pt", saved | dict(model=saved["model"] | {"encoder.norm.bias": torch.ones(31)})),
+                   checkpoint("size.pt", saved | dict(model_config=saved["model_config"] | dict(image_size=64)))]
+        foreign += [checkpoint(f"no_{key}.pt", {k: v for k, v in saved.items() if k != key})
+                    for key in ("model", "config", "step", "model_config")]
+        for name, content in (("cut.pt", good[:len(good) // 2]), ("noise.pt", os.urandom(5000)), ("none.pt", b"")):
+            (self.dir / name).write_bytes(content)
+            foreign.append(self.dir / name)
+        for path in foreign:
+            self.bad(*self.tiny, "--init", path, says=path.name)
+        big = self.ijepa.IJEPA(64, 8, 32, 1, 2, 16, 1, 2)
+        path = checkpoint("big.pt", saved | dict(model=big.state_dict(), model_config=big.settings))
+        self.bad(*self.tiny, "--init", path, says=("big.pt", "64"))
+        coarse = self.ijepa.IJEPA(32, 8, 96, 4, 3, 48, 1, 3)  # of 3 × 3 context patches a target may take all
+        path = checkpoint("coarse.pt", saved | dict(model=coarse.state_dict(), model_config=coarse.settings))
+        self.bad("--init", path, "--context_min", 0.5, "--target_max", 0.4, "--steps", 1, says="--target_max")
+        self.assertFalse((self.dir / "marker").exists())
+        self.bad("--resume", "--out", a.out, "--dim", 64, says="ckpt.pt")
+        (a.out / "ckpt.pt").write_bytes((a.out / "ckpt.pt").read_bytes()[:-999])
+        self.bad("--resume", "--out", a.out, says="ckpt.pt")
+
+    def test_command_line(self):
+        """As a program: the exit status, and one line on stderr."""
+        done = child(HERE / "ijepa.py", "--target_min", 2, cwd=self.dir)
+        self.assertEqual((done.returncode, done.stdout, snapshot(self.dir)), (2, "", {}))
+        self.assertRegex(done.stderr, r"\Aijepa\.py: [^\n]+\n\Z")
+
+
+class PerImage(torch.utils.data.Dataset):
+    """Two views of each image, made one at a time from PIL pictures: what most scripts for SimCLR do."""
+
+    def __init__(self, images, transform):
+        from PIL import Image
+        self.images, self.transform = [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in images], transform
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return self.transform(self.images[i]), self.transform(self.images[i])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# puzzles.py
+
+
+class TestPuzzles(Case):
+    @classmethod
+    def setUpClass(cls):
+        import puzzles
+        cls.puzzles, cls.threads = puzzles, torch.get_num_threads()
+        cls.all = puzzles.PUZZLES
+        torch.set_num_threads(1)
+
+    @classmethod
+    def tearDownClass(cls):
+        torch.set_num_threads(cls.threads)
+
+    # helpers
+
+    def answer(self, **lines):
+        """Write my_puzzles.py with these answers, each the text behind return."""
+        text = "".join(f"def {name}({', '.join(self.all[name].params)}):\n    return {line}\n"
+                       for name, line in lines.items())
+        (self.dir / "my_puzzles.py").write_text(text, encoding="utf-8")
+
+    def do(self, *argv, status=0):
+        """(stdout, stderr) of a command in the test's folder."""
+        with folder(self.dir):
+            got, out, err = run("puzzles", *argv)
+        self.assertEqual(got, status, f"{argv}: {out[-500:]} {err}")
+        if status == 2:
+            self.assertRegex(err, r"\Apuzzles\.py: [^\n]+\n\Z")
+        return out, err
+
+    def judged(self, **lines):
+        self.answer(**lines)
+        with folder(self.dir):
+            return self.puzzles.judge(self.puzzles.read_answers())
+
+    def refused(self, name, line, says):
+        found = self.judged(**{name: line})[name]
+        self.assertIn(says, found.get("rule", found.get("error")), line)
+
+    def args(self, name, sizes, draw=3):
+        return self.puzzles.draw_inputs(self.all[name], sizes, draw)
+
+    # the puzzles
+
+    def test_signatures(self):
+        """The contract's 21 names, in their order and with their arguments."""
+        wanted = """ones(i) sum(a) outer(a, b) diag(a) eye(j) triu(j) cumsum(a) diff(a, i) vstack(a, b) roll(a, i)
+            flip(a, i) compress(g, v, i) pad_to(a, i, j) sequence_mask(values, length) bincount(a, j)
+            scatter_add(values, link, j) flatten(a, i, j) linspace(i, j, n) heaviside(a, b) repeat(a, d)
+            bucketize(v, boundaries)"""
+        got = [f"{p.name}({', '.join(p.params)})" for p in self.all.values() if p.family == 1]
+        self.assertEqual(" ".join(got), " ".join(wanted.split()))
+        for p in self.all.values():
+            self.assertIs(getattr(self.puzzles, p.name), p.solve)
+            self.assertEqual(list(inspect.signature(p.solve).parameters), list(p.params))
+            self.assertTrue(p.solve.__doc__)
+            self.assertEqual(len(p.hints), 3)
+            self.assertLess(len(p.solution), 80)
+            self.assertNotIn("\n", p.solution)
+
+    def test_known_values(self):
+        """By hand, apart from the specs."""
+        p, t = self.puzzles, torch.tensor
+        for got, want in (
+                (p.ones(3), [1, 1, 1]), (p.sum(t([1, 2, 3])), [6]),
+                (p.outer(t([1, 2]), t([3, 4, 5])), [[3, 4, 5], [6, 8, 10]]),
+                (p.diag(t([[1, 2], [3, 4]])), [1, 4]), (p.triu(2), [[1, 1], [0, 1]]),
+                (p.cumsum(t([1, 2, 4])), [1, 3, 7]),
+                (p.diff(t([1, 4, 9]), 3), [1, 3, 5]), (p.vstack(t([1, 2]), t([3, 4])), [[1, 2], [3, 4]]),
+                (p.roll(t([1, 2, 3]), 3), [2, 3, 1]), (p.flip(t([1, 2, 3]), 3), [3, 2, 1]),
+                (p.compress(t([False, True, True]), t([5, 6, 7]), 3), [6, 7, 0]),
+                (p.pad_to(t([1, 2]), 2, 4), [1, 2, 0, 0]), (p.pad_to(t([1, 2, 3]), 3, 2), [1, 2]),
+                (p.sequence_mask(t([[1, 2, 3], [4, 5, 6]]), t([1, 3])), [[1, 0, 0], [4, 5, 6]]),
+                (p.bincount(t([0, 2, 2]), 4), [1, 0, 2, 0]), (p.scatter_add(t([5, 6, 7]), t([1, 0, 1]), 2), [6, 12]),
+                (p.flatten(t([[1, 2, 3], [4, 5, 6]]), 2, 3), [1, 2, 3, 4, 5, 6]),
+                (p.linspace(t([0]), t([1]), 5), [0, 0.25, 0.5, 0.75, 1]), (p.linspace(t([3]), t([9]), 1), [3.0]),
+                (p.heaviside(t([-2, 0, 3]), t([7, 8, 9])), [0, 8, 1]), (p.repeat(t([1, 2]), 2), [[1, 2], [1, 2]]),
+                (p.bucketize(t([0, 3, 9]), t([1, 3, 5])), [0, 2, 3]), (p.eye(2), [[1, 0], [0, 1]]),
+                (p.causal_mask(2, 3), [[True, True, False], [True, True, True]]),
+                (p.window_mask(3, 2), [[True, False, False], [True, True, False], [False, True, True]]),
+                (p.patchify(p.grid(2, 4), 1, 2, 2), [[0, 1, 4, 5], [2, 3, 6, 7]]),
+                (p.ids_restore(t([2, 0, 1])), [1, 2, 0]), (p.positives(2), [2, 3, 0, 1])):
+            self.same(got, t(want))
+
+    def test_indexing(self):
+        """Family two against reshape, transpose and friends, which the puzzles may not use."""
+        p, g = self.puzzles, torch.Generator().manual_seed(0)
+        x = torch.randn(2, 5, 12, generator=g)
+        self.same(p.split_heads(x, 3, 4), x.view(2, 5, 3, 4).transpose(1, 2).contiguous())
+        self.same(p.merge_heads(p.split_heads(x, 3, 4), 3, 4), x)
+        k = torch.randn(2, 5, 4, generator=g)
+        self.same(p.expand_kv(k, 6), k.repeat_interleave(3, 0))
+        image = torch.randn(6, 8, generator=g)
+        patches = p.patchify(image, 3, 4, 2)
+        self.same(patches, image.view(3, 2, 4, 2).transpose(1, 2).reshape(12, 4))
+        self.same(p.unpatchify(patches, 3, 4, 2), image)
+        ids = torch.randperm(9, generator=g)
+        self.same(p.ids_restore(ids), ids.argsort())
+        self.same(p.causal_mask(3, 5), torch.ones(3, 5).tril(2).bool())
+        angle = torch.arange(5.0)[:, None] * 100 ** (-torch.arange(6.0) / 6)
+        z = torch.complex(x[0, :, :6], x[0, :, 6:]) * torch.polar(torch.ones(5, 6), angle)
+        turned = p.rope(x[0], angle.cos().repeat(1, 2), angle.sin().repeat(1, 2), 12)
+        self.close(turned, torch.cat((z.real, z.imag), 1), 1e-6)
+
+    def test_backward(self):
+        """Family three against autograd through torch's own functions, on sizes that the checker doesn't have."""
+        p, g = self.puzzles, torch.Generator().manual_seed(1)
+
+        def random(*shape):
+            return torch.randn(*shape, generator=g, dtype=torch.double)
+
+        def same(got, f, *inputs):
+            inputs = [x.detach().requires_grad_() for x in inputs]
+            for a, b in zip(got, torch.autograd.grad(f(*inputs), inputs, d), strict=True):
+                self.close(a, b, 1e-9)
+
+        x, w, b, d = random(7, 11), random(11, 5), random(5), random(7, 5)
+        same(p.linear_backward(d, x, w), lambda x, w, b: x @ w + b, x, w, b)
+        same(p.add_backward(d), lambda y, b: y + b, random(7, 5), b)
+        d, gain, bias, y = random(7, 11), random(11), random(11), torch.randint(11, (7,), generator=g)
+        same([p.relu_backward(d, x)], F.relu, x)
+        same([p.gelu_backward(d, x)], F.gelu, x)
+        same([p.softmax_backward(d, p.softmax(x))], lambda x: x.softmax(1), x)
+        same(p.layernorm_backward(d, x, gain), lambda x, g, b: F.layer_norm(x, (11,), g, b), x, gain, bias)
+        same(p.rmsnorm_backward(d, x, gain), lambda x, g: x / (x.square().mean(1, True) + 1e-5).sqrt() * g, x, gain)
+        d = random(7, 1)
+        same([p.logsumexp_backward(d, x)], lambda x: x.logsumexp(1, keepdim=True), x)
+        d = random(1)
+        same([p.cross_entropy_backward(d, x, y)], lambda x: F.cross_entropy(x, y)[None], x)
+        d = random(9)
+        same(p.conv1d_backward(d, random_x := random(12), random_w := random(4), 12, 4),
+             lambda x, w: (x.unfold(0, 4, 1) * w).sum(1), random_x, random_w)
+        d, ids = random(6, 3), torch.tensor([4, 0, 4, 4, 1, 0])
+        same([p.embedding_backward(d, ids, 5)], lambda table: F.embedding(ids, table), random(5, 3))
+        q, k, v, d = random(6, 4), random(9, 4), random(9, 3), random(6, 3)
+        same(p.attention_backward(d, q, k, v, (q @ k.mT / 2).softmax(1)),
+             lambda q, k, v: F.scaled_dot_product_attention(q[None], k[None], v[None])[0], q, k, v)
+
+    def test_online_softmax(self):
+        """Block by block it gives attention, with scores near 1000 too."""
+        g = torch.Generator().manual_seed(2)
+        s, v = torch.randn(5, 12, generator=g, dtype=torch.double) * 300, torch.randn(12, 4, generator=g).double()
+        v1 = torch.cat((v, torch.ones(12, 1).double()), 1)  # the last column adds up what softmax divides by
+        m, o = torch.full((5, 1), -1e9).double(), torch.zeros(5, 5).double()
+        for i in range(0, 12, 3):
+            m, o = self.puzzles.online_softmax(m, o, s[:, i:i + 3], v1[i:i + 3])
+        self.close(o[:, :4] / o[:, 4:], s.softmax(1) @ v, 1e-12)
+
+    def test_selftest(self):
+        """All solutions keep the rules and pass at least 500 cases each, in under 20 seconds."""
+        started = time.perf_counter()
+        out, _ = self.do("selftest")
+        self.assertLess(time.perf_counter() - started, 20)
+        n = len(self.all)
+        self.assertRegex(out, rf"\A{n} of {n} right, \d+ cases, [\d.]+ s\n\Z")
+        for p in self.all.values():
+            self.assertGreaterEqual(len(self.puzzles.cases(p)), 500)
+
+    def test_selftest_fails(self):
+        """A wrong solution of ours is named, with status 1."""
+        p = self.all["roll"]
+        with mock.patch.object(p, "solution", "a[(arange(i) + 2) % i]"), \
+                mock.patch.object(self.puzzles, "cases", lambda p, all=self.puzzles.cases: all(p)[:99]):
+            out, _ = self.do("selftest", status=1)
+        self.assertRegex(out, r"(?m)^✗ 10\. roll: ")
+
+    # the checker
+
+    def test_mutants(self):
+        """Of every puzzle: transposed, shifted, off by one, of another dtype, constant, right for squares only, right
+        at the example's sizes only. None passes."""
+        puzzles = self.puzzles
+
+        def sizes(args):
+            return [n for a in args for n in (a.shape if isinstance(a, torch.Tensor) else [a])]
+
+        def changed(change):
+            def mutant(*args):
+                outputs = puzzles.outputs_of(p.solve, args)
+                return tuple(change(t, args) for t in outputs) if len(outputs) > 1 else change(outputs[0], args)
+            return mutant
+
+        def off(t):
+            return ~t if t.dtype == torch.bool else t + 1
+
+        mutants = dict(
+            transposed=lambda t, args: t.mT if t.dim() > 1 else t[:, None],
+            shifted=lambda t, args: t.flatten().roll(1).reshape(t.shape),
+            off_by_one=lambda t, args: off(t),
+            cut=lambda t, args: t[..., 1:],
+            dtype=lambda t, args: t.float() if t.dtype != torch.float32 else t.double(),
+            constant=lambda t, args: t * 0,
+            square=lambda t, args: t if len({*sizes(args)}) == 1 else off(t),
+            example=lambda t, args: t if sizes(args) == at else off(t))
+        for p in self.all.values():
+            at = sizes(puzzles.draw_inputs(p, *puzzles.example(p)))
+            for name, change in mutants.items():
+                if (name == "square" and len(puzzles.parse_inputs(p)[1]) == 1  # nothing else there is
+                        or name == "shifted" and p.name in ("ones", "sum", "cross_entropy")  # all the same, or alone
+                        or name == "transposed" and p.name == "eye"):
+                    continue
+                with self.subTest(puzzle=p.name, mutant=name):
+                    found = puzzles.examine(p, changed(change))
+                    self.assertTrue(found and "error" not in found, found)
+
+    MUTANTS = dict(  # as a learner might write them: allowed, and wrong
+        sum="a @ a", outer="a * b[:, None]", diag="a[0]", triu="where(arange(j)[:, None] < arange(j), 1, 0)",
+        cumsum="triu(a.shape[0]) @ a", diff="a - a[arange(i) - 1]", roll="a[(arange(i) - 1) % i]",
+            flip="a[i - arange(i) - 2]",
+        compress="where(g, v, 0)", pad_to="a[arange(j) % i]", bincount="where(arange(j) == a[0], 1, 0)",
+        sequence_mask="where(arange(values.shape[1]) <= length[:, None], values, 0)",
+        scatter_add="where(arange(j) == link[:, None], values[:, None], 0)[0]",
+            flatten="a[arange(i * j) // i, arange(i * j) % i]",
+        linspace="i + (j - i) * arange(n) / n", heaviside="where(a >= 0, 1, 0)", repeat="a * ones(d)",
+        bucketize="1 * (v[:, None] > boundaries) @ ones(boundaries.shape[0])", eye="1 - ~where(arange(j) == 0, 1, 0)",
+        causal_mask="arange(j) <= arange(i)[:, None]",
+            window_mask="causal_mask(i, i) & (arange(i) >= arange(i)[:, None] - w)",
+        embedding="table[ids[0]]", grid="arange(h)[:, None] * h + arange(w)",
+            upsample="a[arange(a.shape[0] * P) // P]",
+        patchify="flatten(tiles(x, h, w, P), h, w)[:, arange(P * P) % P, arange(P * P) // P]",
+        split_heads="x[:, arange(x.shape[1])[:, None], grid(D, H).mT[:, None]]",
+            expand_kv="k[arange(H) % k.shape[0]]",
+        ids_restore="ids[ids]", positives="arange(2 * n)", rotate_half="x[:, (arange(D) + D // 2) % D]",
+        rope="x * cos - rotate_half(x, D) * sin", rowsum="x",
+        linear_backward="d @ w.mT, d.mT @ x, colsum(d)", add_backward="d, d", relu_backward="where(d > 0, d, 0)",
+        gelu="x * (1 + erf(x)) / 2", gelu_backward="d * (1 + erf(x / 2 ** 0.5)) / 2", logsumexp="log(rowsum(exp(x)))",
+        softmax="exp(x) / rowsum(exp(x))", softmax_backward="y * d",
+            cross_entropy_backward="d * (softmax(x) - eye(x.shape[1])[y])",
+        unit="x / (rowmean(x * x)) ** 0.5", unit_backward="d / (rowmean(x * x) + 1e-5) ** 0.5",
+        rmsnorm_backward="unit_backward(d, x), colsum(d * unit(x))", layernorm="unit(x) * g + b",
+        layernorm_backward="unit_backward(d * g, centre(x)), colsum(d * unit(centre(x))), colsum(d)",
+        embedding_backward="(0 * d[:, :1] + eye(V)[ids]).mT @ (0 * d + 1)",
+            conv1d_backward="conv1d(x, d), conv1d(x, d)",
+        scores_backward="d @ k, d.mT @ q", attention_backward="*scores_backward(d @ v.mT, q, k), p.mT @ d",
+        newmax="rowmax(s)", online_softmax="newmax(m, s), o + exp(s - newmax(m, s)) @ v")
+
+    def test_wrong_answers(self):
+        """Typical mistakes, in a child: each is wrong, and no other than the right ones passes."""
+        found = self.judged(**{**self.MUTANTS, "ones": "arange(i) * 0 + 1", "relu_backward": "d * (x > 0)"})
+        self.assertEqual([name for name, fault in found.items() if fault is None], ["relu_backward", "ones"])
+        for name, fault in found.items():
+            if fault and name != "split_heads":  # .mT is for later puzzles
+                self.assertIn("case", fault, name)
+        self.assertIn(".mT is not allowed", found["split_heads"]["rule"])
+        self.assertEqual({self.all[name].family for name in found}, {1, 2, 3})
+
+    def test_other_answers(self):
+        """Right answers need not be ours."""
+        found = self.judged(
+            eye="1 * (arange(j)[:, None] == arange(j))",
+                vstack="a * (1 - arange(2))[:, None] + b * arange(2)[:, None]",
+            rowsum="x @ where(x[0] == x[0], 1.0, 0.0)[:, None]",
+                embedding_backward="where(arange(V)[:, None] == ids, 1.0, 0.0) @ d",
+            repeat="a[None] * ones(d)[:, None]", causal_mask="~(arange(j) > arange(i)[:, None] + (j - i))",
+            flip="a[-1 - arange(i)]", pad_to="where(arange(j) < i, a[where(arange(j) < i, arange(j), 0)], 0)",
+            rope="x * cos + rotate_half(x * sin, D)")
+        self.assertEqual({name: fault for name, fault in found.items() if fault}, {})
+
+    def test_order_of_complaints(self):
+        """Type before shape before dtype before values; the first failure is the smallest case that shows it."""
+        for line, says, sizes in (("j", "type", [1]), ("arange(j)", "shape", [1]),
+            ("1.0 * arange(j)[:, None] * arange(j)",
+                                  "dtype", [1]), ("arange(j)[:, None] * arange(j)", "value", [1]),
+                                  ("where(arange(j)[:, None] <= arange(j), 1, 0)", "value", [2])):
+            found = self.judged(eye=line)["eye"]
+            self.assertEqual(found["what"], says)
+            self.assertEqual([*self.puzzles.cases(self.all["eye"])[found["case"]][0].values()], sizes)
+        found = self.judged(flatten="a[arange(i * j) // i, arange(i * j) % i]")["flatten"]  # right for squares
+        self.assertEqual(self.puzzles.cases(self.all["flatten"])[found["case"]][0], dict(i=1, j=2))
+        found = self.judged(sequence_mask="where(arange(values.shape[1]) < length[:, None] * 0, values, 0)")
+        self.assertLess(found["sequence_mask"]["case"], 16)
+
+    def test_same_cases(self):
+        """Another process draws the same cases."""
+        code = ("import puzzles; print([puzzles.draw_inputs(p, *c) for p in puzzles.PUZZLES.values() "
+                "for c in puzzles.cases(p)[::99]])")
+        done = child("-c", code)
+        here = [self.puzzles.draw_inputs(p, *c) for p in self.all.values() for c in self.puzzles.cases(p)[::99]]
+        self.assertEqual(done.stdout, f"{here}\n", done.stderr)
+
+    def test_what_it_looks_like(self):
+        for name, line, says in (
+                ("outer", "a * b[:, None]", "transposed"), ("eye", "~where(arange(j)[:, None] == arange(j), 1, 0)",
+                "integer ~"),
+                ("sum", "(ones(a.shape[0]) @ a[:, None])[0]", "axis"),
+                ("roll", "a[(arange(i) - 0) % i]", "off by one"),
+                ("triu", "arange(j)[:, None] <= arange(j)", "comparison"),
+                ("ones", "arange(i + 1) * 0 + 1", "length is off by one"),
+                ("grid", "arange(h)[:, None] * w + arange(w) + 1", "off by one"),
+                ("centre", "2 * (x - rowmean(x))", "a factor of 2"),
+                ("linspace", "i + (j - i) * arange(n) // (n - 1 + (n == 1))", "integers"),
+                ("positives", "0 * arange(2 * n)", "same"),
+                ("causal_mask", "1 * (arange(j) <= arange(i)[:, None] + j - i)", "comparison itself"),
+                ("softmax", "exp(x) / rowsum(exp(x))", "not a number"),
+                ("triu", "where(arange(j)[:, None] >= arange(j), 1, 0)", "transposed")):
+            with self.subTest(name=name, line=line):
+                self.answer(**{name: line})
+                out, _ = self.do("check", name, status=1)
+                self.assertIn(says, out.split("looks like this")[-1])
+
+    def test_report(self):
+        """Inputs, wanted, got and the wrong cells, each with its shape; no colour in a pipe."""
+        self.answer(cumsum="a + 0 * triu(a.shape[0])[0]")
+        out, _ = self.do("check", "cumsum", status=1)
+        case = re.search(r"case (\d+) of 500", out)
+        p = self.all["cumsum"]
+        a, = self.puzzles.draw_inputs(p, *self.puzzles.cases(p)[int(case[1]) - 1])
+        blocks = re.findall(r"(\w+): int64 \((\d+),\)\n +(.*)\n", out)
+        self.assertEqual([name for name, _, _ in blocks], ["a", "wanted", "got"])
+        for (_, n, cells), want in zip(blocks, (a, a.cumsum(0), a)):
+            self.assertEqual((int(n), [int(x) for x in cells.split()]), (len(want), want.tolist()))
+        grid = re.search(r"wrong cells:\n +([X. ]+)\n", out)[1]
+        self.assertEqual([x == "X" for x in grid.split()], (a.cumsum(0) != a).tolist())
+        self.assertNotIn("\033", out)
+        self.answer(tiles="x[grid(h, P)[:, None, :, None], grid(w, P)[:, None]] * (P < 2)", merge_heads="x[0]",
+            rope="1 + x")
+        out, _ = self.do("check", status=1)
+        self.assertIn("wanted: float64", out)
+        self.assertIn(f"0 right, {len(self.all) - 3} not answered yet", out)
+        self.answer(linear_backward="d @ w.mT, x.mT @ d", conv1d="x[w]", unit="x[arange(0)]")
+        self.assertIn("got 2 outputs", self.do("check", "linear_backward", status=1)[0])
+        self.assertIn("can't be computed", self.do("check", "conv1d", status=1)[0])
+        self.assertIn("shape (0, 1)", self.do("check", "unit", status=1)[0])
+        for line, says in (("()", "got 0 outputs"), ("d @ w.mT, 3, colsum(d)", "wanted, output 2 of 3")):
+            self.answer(linear_backward=line)
+            out = self.do("check", "linear_backward", status=1)[0]
+            self.assertTrue(says in out and "has a wrong type" in out, out)
+
+    # the rules
+
+    def test_cheats(self):
+        """What the rules don't allow is named with its line and column, and never run."""
+        for name, line, column, says in (
+                ("ones", "torch.ones(i)", 1, "torch.ones"), ("ones", "where.__globals__", 1, "__globals__"),
+                ("ones", "arange(i).__class__", 1, "__class__"), ("ones", "getattr(arange(i), 'T')", 1, "getattr"),
+                ("ones", "f'{i}'", 1, "JoinedStr"), ("ones", "'a' * i", 1, "'a'"),
+                ("ones", "arange(i) + b'a'", 13, "a"),
+                ("ones", "(lambda: i)()", 1, "called"), ("ones", "[1 for k in arange(i)]", 1, "ListComp"),
+                ("ones", "[1] * i", 1, "List"), ("ones", "{1: 2}", 1, "Dict"),
+                ("ones", "arange(i) if i else i", 1, "IfExp"),
+                ("ones", "i and i", 1, "BoolOp"), ("ones", "not i", 1, "Not"), ("ones", "(k := i)", 2, "NamedExpr"),
+                ("ones", "arange(i) + 0 * len(arange(i))", 17, "len"),
+                ("ones", "__import__('os').system('true')", 1, "called"),
+                ("ones", "open", 1, "open"), ("ones", "__builtins__", 1, "__builtins__"),
+                ("ones", "arange(i).sum()", 1, "called"),
+                ("ones", "arange(n=i)", 8, "keyword"), ("ones", "where(*arange(i), **i)", 19, "keyword"),
+                ("ones", "i(i)", 1, "called"),
+                ("ones", "arange(i) > 0 > 1", 1, "one comparison"), ("ones", "i in arange(i)", 1, "In"),
+                ("ones", "i is i", 1, "Is"), ("ones", "eye(i)[0]", 1, "comes later"),
+                ("ones", "ones(i)", 1, "comes later"),
+                ("diag", "a.T", 1, ".T"), ("diag", "a.mT", 1, ".mT"), ("diag", "a.data", 1, ".data"),
+                ("diag", "a.__class__", 1, "__class__"),
+                ("sum", "exp(a)", 1, "exp"), ("rowsum", "x.sum(1)", 1, "called"),
+                ("rowsum", "x.grad_fn", 1, "grad_fn"),
+                ("ones", "1j * i", 1, "1j"), ("ones", "arange(i) << 1", 1, "LShift"), ("ones", "await_", 1, "await_"),
+                ("ones", "-" * 60 + "i", 41, "nested"), ("ones", "(" * 90 + "i" + ",)" * 90, 42, "nested"),
+                ("sum", "ones(a.shape[0]) @ a[:, None] + 0 * tørch", 37, "tørch"), ("sum", "'é' + tørch", 1, "'é'")):
+            with self.subTest(line=line):
+                with mock.patch.object(self.puzzles, "examine", side_effect=AssertionError("it was run")):
+                    found = self.judged(**{name: line})[name]
+                self.assertIn(says, found["rule"])
+                self.assertEqual(re.match(r"line 2, column (\d+): ", found["rule"])[1], str(column + 11))
+        out, _ = self.do("check", "sum", status=1)
+        self.assertRegex(out, r"\A✗ 2\. sum: line 2, column 12: [^\n]+\n\Z")
+
+    def test_no_builtins(self):
+        """Should the rules have a hole, a line still finds no builtins."""
+        function = self.all["ones"].function("print(i)")
+        self.assertRaises(NameError, function, 1)
+        self.assertEqual(function.__globals__["__builtins__"], {})
+        self.assertNotIn("torch", function.__globals__)
+
+    def test_form(self):
+        """One line, return and an expression, under the puzzle's own signature."""
+        for text, says in (("def ones(i):\n    i = 2\n    return i\n", "one line"),
+            ("def ones(n):\n    return n\n", "def ones(i)"),
+                           ("def ones(i, j=1):\n    return i\n", "def ones(i)"),
+                           ("def ones(*i):\n    return i\n", "def ones(i)"),
+                           ("@ones\ndef ones(i):\n    return i\n", "def ones(i)"),
+                           ("def ones(i):\n    return\n", "one line"),
+                           ("def ones(i):\n    pass\n", "one line"), ("def ones(i):\n    yield i\n", "one line")):
+            with self.subTest(text=text):
+                (self.dir / "my_puzzles.py").write_text(text)
+                with folder(self.dir):
+                    line, fault = self.puzzles.read_answers()["ones"]
+                self.assertIsNone(line)
+                self.assertIn(says, fault)
+
+    def test_limits(self):
+        """What eats time or memory is stopped by the system, soon, and the answers behind it are judged."""
+        started = time.perf_counter()
+        with mock.patch.object(self.puzzles, "SECONDS", 1), mock.patch.object(self.puzzles, "MEMORY", 300):
+            found = self.judged(ones="arange(10 ** 12) * 0 + 1", sum="arange(10 ** 8)", outer="10 ** 10 ** 9 % 7",
+                                diag="arange(10 ** 7)[:, None] + arange(10 ** 7)", eye="2 ** 10 ** 9",
+                                    roll="a[(arange(i) + 1) % i]",
+                                flip="a[:: 10 ** 30]", cumsum="arange(-a.shape[0])")
+        self.assertLess(time.perf_counter() - started, 30)
+        for name in ("ones", "sum", "diag"):
+            self.assertEqual(found[name]["error"], "it asks for more than 300 MB of memory")
+        self.assertRegex(found["outer"]["error"], "^stopped: over 1 seconds")
+        with contextlib.redirect_stdout(io.StringIO()) as out:  # which case it was nobody knows
+            self.puzzles.explain(self.all["outer"], found["outer"])
+        self.assertRegex(out.getvalue(), r"\A✗ 3\. outer: stopped[^\n]+\n\Z")
+        self.assertTrue(found["eye"].get("error") or found["eye"]["what"] == "type")
+        self.assertTrue(found["flip"]["error"] and found["cumsum"]["error"])
+        self.assertIsNone(found["roll"])
+        self.assertLess(self.puzzles.resource.getrusage(self.puzzles.resource.RUSAGE_CHILDREN).ru_maxrss,
+                        self.puzzles.resource.getrusage(self.puzzles.resource.RUSAGE_SELF).ru_maxrss + 400 * 2**10)
+        self.assertEqual(torch.get_default_dtype(), torch.float32)
+        out, _ = self.do("check", "ones", status=1)
+        self.assertRegex(out, r"can't be computed: it asks for more than 512 MB of memory\ni = 1\n")
+
+    def test_no_cascade(self):
+        """Earlier puzzles in a line are ours: a wrong one costs only itself."""
+        found = self.judged(ones="arange(i)", sum="ones(a.shape[0]) @ a[:, None]", triu="eye(j)",
+            cumsum="a @ triu(a.shape[0])")
+        self.assertEqual([name for name in found if found[name]], ["ones", "triu"])
+
+    def test_editors(self):
+        """A byte order mark, and any line ends."""
+        for mark, end in itertools.product((b"", b"\xef\xbb\xbf"), (b"\n", b"\r\n", b"\r")):
+            lines = b"def ones(i):", b"    return arange(i) * 0 + 1", b"def sum(a):", b"    return tensor(a)", b""
+            (self.dir / "my_puzzles.py").write_bytes(mark + end.join(lines))
+            with folder(self.dir):
+                answers = self.puzzles.read_answers()
+            self.assertEqual(answers["ones"], ("arange(i) * 0 + 1", None))
+            self.assertIn("line 4, column 12: tensor", answers["sum"][1])
+
+    def test_broken_answers(self):
+        """A my_puzzles.py that can't be read gets one line, status 2, and is left alone."""
+        good = b"def ones(i):\n    return arange(i) * 0 + 1\n"
+        for content, says in ((b"", "empty"), (b"# nothing\n", "empty"), (b"\xff\xfe" + good, "utf-8"),
+            (good + b"def sum(a:\n", "line 3"),
+                              (good + b"def summ(a):\n    return a\n", "line 3"), (good + b"print(1)\n", "line 3"),
+                              (good + b"def sum(a):\n    return " + b"(" * 10**7 + b"\n", "megabyte"),
+                              (good + b"def sum(a):\n    return " + b"(" * 10**4 + b"\n", "line 4"),
+                              (good + b"\0", "null"),
+                              (b"def sum(a):\n    return (i()" + b"()\n" * 2000 + b")", "my_puzzles.py"),
+                              (b"def sum(a):\n    return " + b"(" * 250 + b"a" + b")" * 90, "parentheses"),
+                              (b"def sum(a):\n    return (\n" + b"-\n" * 200000 + b"a)\n", "my_puzzles.py"),
+                              (b"import os\n", "line 1"), (b"  def ones(i): return i", "indent")):
+            with self.subTest(content=content[:60]):
+                (self.dir / "my_puzzles.py").write_bytes(content)
+                started = time.perf_counter()
+                for command in ([], ["check"], ["check", "ones"], ["train", "--mine", "--out", "run"]):
+                    _, err = self.do(*command, status=2)
+                    self.assertIn(says, err)
+                self.assertLess(time.perf_counter() - started, 8)
+                self.assertEqual(self.do("start", status=2)[1].count("left alone"), 1)
+                self.assertEqual(snapshot(self.dir), {"my_puzzles.py": content})
+        (self.dir / "my_puzzles.py").unlink()
+        self.assertIn("start", self.do("check", status=2)[1])
+        (self.dir / "my_puzzles.py").mkdir()
+        self.do("check", status=2)
+
+    # the flow
+
+    def test_flow(self):
+        """start, show, hint, reveal, check and the board, with the exit status that tells."""
+        n = len(self.all)
+        self.assertIn("Begin: python puzzles.py start", self.do()[0])
+        self.assertEqual(snapshot(self.dir), {})
+        self.do("start")
+        stubs = (self.dir / "my_puzzles.py").read_text()
+        self.assertEqual([node.name for node in ast.parse(stubs).body], list(self.all))
+        self.assertEqual(stubs.count("    return ...\n"), n)
+        self.do("start", status=2)
+        self.assertEqual((self.dir / "my_puzzles.py").read_text(), stubs)
+        out, _ = self.do("check", status=1)
+        self.assertEqual(out, f"0 right, {n} not answered yet\n")
+        self.assertIn("not answered yet", self.do("check", 3, status=1)[0])
+        out, _ = self.do("show", 3)
+        for part in ("3. outer(a, b)", self.all["outer"].statement, self.all["outer"].spec, "int64 (3, 4)"):
+            self.assertIn(part, out)
+        self.assertEqual(out, self.do("show", "outer")[0])
+        for p in self.all.values():
+            self.assertIn(p.spec, self.do("show", p.number)[0])
+            self.assertNotIn(p.solution, self.do("show", p.number)[0])
+        hints = [self.do("hint", "outer")[0] for _ in range(4)]
+        self.assertEqual(hints, [f"Hint {k} of 3: {self.all['outer'].hints[k - 1]}\n" for k in (1, 2, 3, 3)])
+        self.do("hint", 4)
+        self.assertEqual(self.do("reveal", 5)[0], self.all["eye"].solution + "\n")
+        self.do("hint", 5)
+        self.assertEqual(json.loads((self.dir / "my_puzzles.json").read_text()), {"outer": 3, "diag": 1,
+            "eye": "revealed"})
+        text = stubs.replace("def ones(i):\n    # (i,) ones.\n    return ...",
+            "def ones(i):\n    return 0 * arange(i) + 1")
+        text = re.sub(r"(def outer.*?return) \.\.\.", r"\1 a * b[:, None]", text, count=1, flags=re.S)
+        (self.dir / "my_puzzles.py").write_text(text)
+        self.assertIn("✓ 1. ones: right in 500 cases", self.do("check", 1)[0])
+        self.assertIn("1 right, ", self.do("check", status=1)[0])
+        board, _ = self.do()
+        for part in ("The 21: 1 of 21", "✓  1 ones", "✗  3 outer", "hints: 3", "· 4 diag".replace("· ", "·  "),
+            "hints: 1 ",
+                     "revealed", "Next: python puzzles.py show sum"):
+            self.assertIn(part, board)
+        self.assertEqual({p.name for p in self.dir.iterdir()}, {"my_puzzles.py", "my_puzzles.json"})
+        (self.dir / "my_puzzles.json").write_text("{")
+        for command in ([], ["hint", 1], ["reveal", 1]):
+            self.assertIn("my_puzzles.json", self.do(*command, status=2)[1])
+        self.assertEqual((self.dir / "my_puzzles.json").read_text(), "{")
+
+    def test_all_solved(self):
+        self.answer(**{p.name: p.solution for p in self.all.values()})
+        with mock.patch.object(self.puzzles, "cases", lambda p, all=self.puzzles.cases: all(p)[:30]):
+            board, out = self.do()[0], self.do("check")[0]
+        self.assertIn("All solved", board)
+        self.assertEqual(board.count("✓"), len(self.all))
+        self.assertIn(f"{len(self.all)} right, 0 not answered yet", out)
+
+    def test_bad_commands(self):
+        for argv in (["show"], ["show", 0], ["show", len(self.all) + 1], ["show", "nothing"], ["show", -1], ["hint"],
+            ["reveal"],
+                     ["draw"], ["chek"], ["check", 1, 2], ["start", 1], ["selftest", 1], ["--check"], ["show",
+                         "x" * 10**5], ["show", "²"],
+                     ["train", "--lr", "nan"], ["train", "--lr", 0], ["train", "--steps", 0], ["train", "--stp", 1],
+                         ["train", "fast"],
+                     ["train", "--momentum", 1], ["train", "--out="], ["train", "--seed", -1], ["train", "--width",
+                         0], ["train", "--resume"],
+                     ["train", "--width", 10**12], ["train", "--batch_size", 10**12], ["train", "--steps", 2**20 + 1],
+                     ["train", "--mine"], ["train", "--batch_size", 1.5]):
+            with self.subTest(argv=argv):
+                self.do(*argv, status=2)
+                self.assertEqual(snapshot(self.dir), {})
+
+    def terminal(self, *argv, **env):
+        """(status, text) of a command on a terminal of its own."""
+        pid, fd = pty.fork()
+        if pid == 0:
+            os.chdir(self.dir)
+            os.execve(sys.executable, [sys.executable, str(HERE / "puzzles.py"), *map(str, argv)],
+                      {**{k: v for k, v in os.environ.items() if k != "NO_COLOR"}, "OMP_NUM_THREADS": "1", **env})
+        text = b""
+        with contextlib.suppress(OSError):  # Linux says so at the end
+            while select.select([fd], [], [], 120)[0] and (part := os.read(fd, 4096)):
+                text += part
+        os.close(fd)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), text.decode().replace("\r\n", "\n")
+
+    def test_terminal(self):
+        """On a terminal: colours, and none under NO_COLOR; the same text and status as in a pipe."""
+        self.assertEqual(self.terminal("start"), (0, "wrote my_puzzles.py; next: python puzzles.py show 1\n"))
+        self.answer(ones="0 * arange(i) + 1", eye="where(arange(j)[:, None] <= arange(j), 1, 0)")
+        status, text = self.terminal("check")
+        self.assertEqual(status, 1)
+        self.assertIn("\033[32m✓ 1. ones: right in 500 cases\033[0m", text)
+        self.assertIn("\033[31mX\033[0m", text)
+        plain, _ = self.do("check", status=1)
+        self.assertEqual(re.sub(r"\033\[\d+m", "", text), plain)
+        status, text = self.terminal("check", "eye", NO_COLOR="1", PYTHONIOENCODING="ascii")
+        self.assertEqual((status, text), (1, self.do("check", "eye", status=1)[0].replace("✗", "?")))
+
+    def test_speed(self):
+        """One check takes under 1.5 seconds beyond the import of torch."""
+        self.answer(**{name: self.all[name].solution for name in ("ones", "layernorm_backward",
+            "attention_backward")})
+        for name in ("ones", "layernorm_backward", "attention_backward"):
+            started = os.times()[:4]  # of computing, the child's too: other processes don't count
+            self.do("check", name)
+            self.assertLess(sum(os.times()[:4]) - sum(started), 1.5, name)
+
+    def test_ctrl_c(self):
+        """Ctrl-C during a check ends it, with status 130 and no traceback, and leaves no process behind."""
+        self.answer(ones="0 * arange(i) + 1")
+        with mock.patch.object(self.puzzles, "explain"), mock.patch.object(
+                self.puzzles.multiprocessing.connection.Connection, "recv", side_effect=KeyboardInterrupt):
+            self.assertEqual(self.do("check", status=130), ("", ""))
+        self.assertEqual(self.puzzles.multiprocessing.active_children(), [])
+
+    def test_draw(self):
+        """The SVG has a cell for each cell of inputs and output, an output cell in the colours of its origins."""
+        for name in self.all:
+            with self.subTest(name=name):
+                self.do("draw", name)
+                root = xml.etree.ElementTree.parse(self.dir / f"{name}.svg").getroot()
+                self.assertLess(len(list(root)), 3000)
+        p = self.all["roll"]
+        a, n = self.puzzles.draw_inputs(p, *self.puzzles.example(p))
+        svg = xml.etree.ElementTree.parse(self.dir / "roll.svg").getroot()
+        tag = "{http://www.w3.org/2000/svg}"
+        fills = [r.get("fill") for r in svg.iter(tag + "rect")][1:]
+        self.assertEqual(fills[n:], [*fills[1:n], fills[0]])
+        self.assertEqual(len({*fills}), n)
+        texts = [t.text for t in svg.iter(tag + "text")]
+        self.assertEqual(texts, [f"a ({n},)", *map(str, a.tolist()), f"output 1 ({n},)", *map(str,
+            a.roll(-1).tolist())])
+        self.assertEqual(len(list(svg.iter(tag + "path"))), n)
+        ones = xml.etree.ElementTree.parse(self.dir / "ones.svg").getroot()
+        self.assertEqual({r.get("fill") for r in ones.iter(tag + "rect")}, {"white", "#fff"})
+        (self.dir / "eye.svg").unlink()
+        (self.dir / "eye.svg").mkdir()
+        self.assertIn("eye.svg", self.do("draw", "eye", status=1)[1])
+
+    # training
+
+    TINY = ["--steps", 12, "--eval_every", 5, "--log_every", 1, "--width", 24, "--batch_size", 16]
+
+    def small(self):
+        """Fewer pictures, so that a run takes no time."""
+        shapes = self.puzzles.make_shapes
+        patch = mock.patch.object(self.puzzles, "make_shapes", lambda n, seed: shapes(n // 50, seed))
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def train(self, name, *flags, status=0):
+        out, err = self.do("train", "--out", name, *flags, status=status)
+        at = self.dir / name
+        rows = [json.loads(line) for line in (at / "log.jsonl").read_text().splitlines()]
+        return SimpleNamespace(out=out, err=err, rows=rows, at=at, ckpt=torch.load(at / "ckpt.pt", weights_only=True),
+                               losses={r["step"]: r["loss"] for r in rows if "loss" in r})
+
+    def test_twin(self):
+        """The loss curve equals, to 1e-5, that of a twin from torch's modules, autograd and torch.optim.SGD."""
+        puzzles, c = self.puzzles, self.puzzles.Config(width=48, steps=60, batch_size=32)
+        self.small()
+        run = self.train("run", "--width", 48, "--steps", 60, "--batch_size", 32, "--log_every", 1)
+        w = puzzles.initial_weights(c)
+        twin = nn.Sequential(nn.Linear(256, 48), nn.GELU(), nn.LayerNorm(48), nn.Linear(48, 10))
+        with torch.no_grad():
+            for p, name in zip(twin.parameters(), ("w1", "b1", "g", "b", "w2", "b2"), strict=True):
+                p.copy_(w[name].mT if name in ("w1", "w2") else w[name])
+        optimizer = torch.optim.SGD(twin.parameters(), lr=1, momentum=c.momentum)
+        # torch's momentum multiplies by the rate when it steps, and so do we
+        x, y = puzzles.make_shapes(20000, 1)
+        for step in range(60):
+            batch, labels = puzzles.training_batch(c, x, y, step)
+            loss = F.cross_entropy(twin(batch), labels)
+            self.assertAlmostEqual(loss.item(), run.losses[step + 1], delta=1e-5)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.param_groups[0]["lr"] = c.lr * min(1, (step + 1) / 50) * (1 - step / 60)
+            optimizer.step()
+        for p, name in zip(twin.parameters(), ("w1", "b1", "g", "b", "w2", "b2")):
+            self.close(run.ckpt["model"][name].mT if name in ("w1", "w2") else run.ckpt["model"][name], p, 1e-4)
+        self.assertLess(run.losses[60], 0.9 * run.losses[1])
+
+    def test_no_autograd(self):
+        """Nothing but the puzzles' functions computes, forward and backward: no gradient is recorded or asked for."""
+        self.small()
+        with mock.patch.object(torch.autograd, "grad", side_effect=AssertionError), \
+                mock.patch.object(torch.Tensor, "backward", side_effect=AssertionError), \
+                mock.patch.object(torch, "enable_grad", side_effect=AssertionError):
+            self.train("run", *self.TINY)
+        used = []
+        f = {name: lambda *args, name=name, solve=self.all[name].solve: (used.append(name), solve(*args))[1]
+             for name in self.puzzles.layers(False)}
+        x = torch.randn(3, 256)
+        self.puzzles.loss_and_gradients(f, self.puzzles.initial_weights(self.puzzles.Config()), x, torch.tensor([1,
+            2, 3]))
+        self.assertEqual({*used}, {*f})
+
+    def test_mine(self):
+        """--mine trains with the learner's answers where they are right, and with ours elsewhere."""
+        self.small()
+        ours = self.train("ours", *self.TINY)
+        self.answer(gelu="x * 0.5 * (1 + erf(x * 0.5 ** 0.5))", linear="x @ w", softmax="x",
+            ones="1 * (arange(i) >= 0)",
+                    linear_backward="d @ w.mT, (d.mT @ x).mT, colsum(d)")
+        mine = self.train("mine", *self.TINY, "--mine")
+        self.assertIn("yours: gelu, linear_backward; ours: linear, gelu_backward, layernorm", mine.out)
+        self.assertEqual(list(mine.losses), list(ours.losses))
+        for step, loss in ours.losses.items():
+            self.assertAlmostEqual(loss, mine.losses[step], delta=1e-5)
+        with folder(self.dir), contextlib.redirect_stdout(io.StringIO()):
+            f = self.puzzles.layers(True)
+        self.assertEqual([name for name in f if f[name] is not self.all[name].solve], ["linear_backward", "gelu"])
+        self.assertTrue(mine.ckpt["config"]["mine"])
+
+    def test_resume(self):
+        """Stopped and gone on with, it is the same run bit for bit; so it is with other evaluations."""
+        self.small()
+        whole = self.train("whole", *self.TINY)
+        self.train("parts", *self.TINY, "--stop_at", 7)
+        parts = self.train("parts", "--resume")
+        often = self.train("often", *self.TINY, "--eval_every", 1)
+        for other in (parts, often):
+            self.same(other.ckpt["model"], whole.ckpt["model"])
+            self.same(other.ckpt["optimizer"], whole.ckpt["optimizer"])
+            self.assertEqual(other.losses, whole.losses)
+        self.assertEqual([sum("final" in r for r in run.rows) for run in (whole, parts)], [1, 1])
+        self.assertNotEqual(self.train("seed", *self.TINY, "--seed", 1).losses, whole.losses)
+        _, err = self.do("train", "--out", "parts", "--resume", "--width", 8, status=2)
+        self.assertIn("--width", err)
+        (self.dir / "parts" / "ckpt.pt").write_bytes(b"no")
+        self.do("train", "--out", "parts", "--resume", status=2)
+
+    def test_interrupted(self):
+        """Ctrl-C saves a checkpoint, says how to go on, and changes nothing in the end."""
+        self.small()
+        whole = self.train("whole", *self.TINY)
+
+        def interrupted(c, x, y, step, real=self.puzzles.training_batch):
+            if step == 6:
+                signal.raise_signal(signal.SIGINT)
+            return real(c, x, y, step)
+
+        handler = signal.getsignal(signal.SIGINT)
+        with mock.patch.object(self.puzzles, "training_batch", interrupted):
+            cut = self.train("cut", *self.TINY, status=130)
+        self.assertEqual(signal.getsignal(signal.SIGINT), handler)
+        self.assertIn("python puzzles.py train --resume --out cut", cut.out)
+        self.assertEqual(cut.ckpt["step"], 7)
+        self.same(self.train("cut", "--resume").ckpt["model"], whole.ckpt["model"])
+
+    def test_not_finite(self):
+        """A loss that is not finite stops the run, status 1, and the checkpoint before it stays."""
+        self.small()
+        run = self.train("run", *self.TINY, "--lr", 1e15, status=1)
+        self.assertRegex(run.err, r"\Apuzzles\.py: loss is (nan|inf) at step \d+: lower --lr[^\n]+\n\Z")
+        self.assertTrue(all(p.isfinite().all() for p in run.ckpt["model"].values()))
+
+    def test_shapes(self):
+        """Pictures of all classes, the same for a seed; turned and mirrored ones are still of the same pixels."""
+        x, y = self.puzzles.make_shapes(400, 5)
+        self.same((x, y), self.puzzles.make_shapes(400, 5))
+        self.assertEqual((x.shape, x.dtype, {*y.tolist()}), ((400, 256), torch.float32,
+            {*range(len(self.puzzles.SHAPES))}))
+        c = self.puzzles.Config()
+        pictures, labels = self.puzzles.training_batch(c, x, y, 3)
+        self.assertEqual(pictures.shape, (c.batch_size, 256))
+        originals = {tuple(picture.sort().values.tolist()): int(k) for picture, k in zip(x, y)}
+        for picture, k in zip(pictures, labels):
+            self.assertEqual(originals[tuple(picture.sort().values.tolist())], int(k))
+
+    def test_learns(self):
+        """A short run is far better than chance on pictures it has not seen."""
+        run = self.train("run", "--steps", 300, "--width", 64)
+        self.assertGreater(run.rows[-1]["test_accuracy"], 0.5)
+        self.assertLess(run.rows[-1]["test_loss"], 1.5)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# benchmarks: not part of the tests, run by name. Each prints what it measured; ratios come from runs in turn.
+
+
+def plain_step(model, optimizer, x, y):
+    loss = model(x, y)[1]
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return loss.item()
+
+
+def in_turn(functions, rounds, warm=3):
+    """{name: seconds, one a round}, the functions called one after the other in every round."""
+    times = {name: [] for name in functions}
+    for i in range(rounds + warm):
+        for name, f in functions.items():
+            begin = time.perf_counter()
+            f()
+            if i >= warm:
+                times[name].append(time.perf_counter() - begin)
+    return times
+
+
+def ratio(times, a, b):
+    """Median over rounds of a's time over b's."""
+    return statistics.median(x / y for x, y in zip(times[a], times[b]))
+
+
+class Bench:
+    """What measurements of a script share; nothing else should run meanwhile."""
+
+    script = ""
+
+    def keep(self, out, name):
+        """Copy a run's log to assets/logs/SCRIPT/NAME.jsonl, behind a row that says what made it; its last row."""
+        rows = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+        config = json.loads((Path(out) / "config.json").read_text())
+        config = {key: value for key, value in config.items() if key not in ("data_dir", "out")}
+        folder = HERE / "assets" / "logs" / self.script
+        folder.mkdir(parents=True, exist_ok=True)
+        text = "".join(json.dumps(row) + "\n" for row in [dict(config=config, **about(f"{self.script}.py")), *rows])
+        (folder / f"{name}.jsonl").write_text(text)
+        return rows[-1]
+
+    def train(self, name, *flags):
+        if importlib.import_module(self.script).main([*map(str, flags), "--out", f"out/bench/{name}"]):
+            sys.exit(f"{name} failed")
+        return self.keep(f"out/bench/{name}", name)
+
+    def log(self, name):
+        """The config and the rows of a committed log."""
+        text = (HERE / "assets" / "logs" / self.script / f"{name}.jsonl").read_text()
+        first, *rows = map(json.loads, text.splitlines())
+        return first["config"], rows
+
+    def probed(self, names):
+        """The README's lines about runs {name: label} that read the test images, and the yardsticks of the first."""
+        lines = ["| | lr | steps | minutes | kNN | linear | 10% of labels | 1% | RankMe |", "|---|" + 8 * "---|"]
+        for name, label in (*names.items(), ("_random_init", "random init"), ("_pixels", "pixels")):
+            (c, (*_, row)), suffix = self.log(name if name in names else [*names][0]), "" if name in names else name
+            run = ["", "", ""] if suffix else [f"{c['lr']:g}", f"{row['step']:,}", f"{row['seconds'] / 60:.0f}"]
+            keys = ("knn", "linear", "linear_10%", "linear_1%")
+            scores = (f"{row[f'test_{key}{suffix}'] + 1e-9:.1%}" for key in keys)
+            lines.append(f"| {' | '.join([label, *run, *scores, format(row[f'test_rankme{suffix}'], '.0f')])} |")
+        return lines
+
+    def validated(self, names, best):
+        """The README's lines about runs {name: label} that have evaluations alone: the one that is best by a score."""
+        lines = ["| | steps | seconds | kNN | linear |", "|---|" + 4 * "---|"]
+        for name, label in names.items():
+            rows = [row for row in self.log(name)[1] if best in row]
+            row = max(rows, key=lambda row: row[best])
+            lines.append(f"| {label} | {rows[-1]['step']:,} | {rows[-1]['seconds']:.0f} | {row['knn'] + 1e-9:.1%} | "
+                         f"{row['linear'] + 1e-9:.1%} |")
+        return lines
+
+
+class BenchResNet(Bench):
+    """python tests.py BenchResNet.NAME, where NAME is one of the methods; nothing else should run meanwhile."""
+
+    script = "resnet"
+    FAST = ("--data cifar10 --arch fast --optimizer muon --schedule linear --batch_size 2000 --epochs 12 "
+            "--flip alternate --crop 3 --label_smoothing 0.2 --full_train --log_every 5").split()
+
+    def fast(self, seed=0):
+        """The recipe for the most accuracy per FLOP, all 50,000 images, 12 epochs."""
+        self.train(f"fast_seed{seed}", *self.FAST, "--seed", seed)
+
+    def speed(self, rounds=7):
+        """A training step of ResNet-18 with the CIFAR stem, batch 64: resnet.py's, eager and compiled, against the same
+        network in plain fp32 eager (contiguous tensors); and the share of augmentation in it."""
+        resnet = importlib.import_module("resnet")
+        c, x, y = resnet.Config(batch_size=64), *resnet.make_shapes(1000, 0)
+        _, dtype, autocast = resnet.pick_device("cpu", "auto", "avx512_bf16")
+        torch.manual_seed(0)
+        plain = resnet.resnet18(10, stem="cifar")
+        plain_opt = torch.optim.SGD(plain.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
+        images = resnet.normalise(x[:64], plain.stats).contiguous()
+
+        def plain_step():
+            F.cross_entropy(plain(images), y[:64]).backward()
+            plain_opt.step()
+            plain_opt.zero_grad()
+
+        def our_step(model, raw, optimizers, counter):
+            resnet.train_step(model, raw, None, optimizers, autocast, (x, y), c, next(counter), 10**6, 0, 1)
+
+        run = {"plain": plain_step}
+        for name in ("resnet.py", "compiled"):
+            raw = resnet.resnet18(10, stem="cifar").to(memory_format=torch.channels_last)
+            model = torch.compile(raw) if name == "compiled" else raw
+            run[name] = functools.partial(our_step, model, raw, resnet.sgd_or_muon(raw, c), itertools.count())
+        counter = itertools.count()
+        run["augment"] = lambda: resnet.normalise(resnet.training_batch(c, x, y, next(counter), 0, 1)[0],
+                                                  plain.stats)
+        times = in_turn(run, int(rounds))
+        for name, t in times.items():
+            times_as_long = ratio(times, "plain", name)
+            print(f"{name:>10} {1e3 * statistics.median(t):8.1f} ms, plain takes {times_as_long:.3f} times as long "
+                  f"({dtype})", flush=True)
+
+    def norms(self, steps_256=60, images_2=15360):
+        """Validation accuracy of ResNet-20 on shapes with each norm at batch 256 and at batch 2, about as many
+        images, at several learning rates, and at batch 2 one (n = 1)."""
+        for batch, steps, rates in ((256, int(steps_256), (0.2, 0.05, 0.0125)),
+                                    (2, int(images_2) // 2, (0.005,))):
+            for norm in ("batch", "layer", "none"):
+                for lr in rates:
+                    name = f"norm_{norm}_batch{batch}_lr{lr:g}"
+                    flags = dict(arch="resnet20", norm=norm, batch_size=batch, steps=steps, lr=lr, log_every=10,
+                                 eval_every=steps, out=f"out/bench/{name}")
+                    status, _, err = run("resnet", *[part for k, v in flags.items() for part in (f"--{k}", v)])
+                    if status:
+                        print(f"{name}: {err.strip()}", flush=True)
+                        continue
+                    self.keep(f"out/bench/{name}", name)
+                    rows = [json.loads(line) for line in open(f"out/bench/{name}/log.jsonl")]
+                    best = max(row["val_accuracy"] for row in rows if "val_accuracy" in row)
+                    print(f"{name}: val accuracy {best:.4f}, test {rows[-1]['test_accuracy']:.4f}, "
+                          f"{rows[-1]['seconds']:.0f} s", flush=True)
+
+    def figure6(self, *flags):
+        """Plain and residual networks of 20 and 56 layers, then the landscape around the two deep ones. Flags are
+        passed on."""
+        resnet = importlib.import_module("resnet")
+        out = Path("out/bench/figure6")
+        if resnet.main(["--figure6", "--out", str(out), *flags]):
+            sys.exit("figure6 failed")
+        for path in (out / "figure6").iterdir():
+            last = self.keep(path, f"figure6_{path.name}")
+            print(path.name, {key: last[key] for key in ("test_accuracy", "seconds")})
+        deep = ",".join(str(out / "figure6" / name / "ckpt.pt") for name in ("plain56", "resnet56"))
+        kept = ("--data", "--data_dir", "--grid")
+        data = [part for pair in zip(flags, flags[1:]) if pair[0] in kept for part in pair]
+        if resnet.main(["--landscape", deep, "--out", str(out), *data]):
+            sys.exit("landscape failed")
+        for name in ("figure6_train.svg", "figure6_val.svg", "landscape.svg"):
+            shutil.copy(out / name, HERE / "assets" / (name if "figure6" in name else "resnet_landscape.svg"))
+        shutil.copy(out / "landscape.json", HERE / "assets" / "logs" / "resnet" / "landscape.json")
+
+
+class BenchViT(Bench):
+    """python tests.py BenchViT.NAME, where NAME is one of the methods; nothing else should run meanwhile. Flags are
+    passed on: --data and --data_dir."""
+
+    script = "vit"
+    RECIPE = "--data cifar10 --arch cifar --patch_size 4 --batch_size 128 --lr 1e-3 --log_every 50".split()
+    PLAIN = [*RECIPE, *"--no-conv_stem --pool cls --pos learned --label_smoothing 0".split()]
+
+    def pflop(self, name, recipe, pflop, *flags):
+        """A run that ends at so many PFLOP, 6 × MACs × images."""
+        vit = importlib.import_module("vit")
+        c = vit.parse_flags(vit.Config, "", [*recipe, *flags])
+        steps = round(1e15 * pflop / (6 * c.batch_size * vit.count_macs(vit.load_vit(c, 10), 32)))
+        last = self.train(name, *recipe, *flags, "--steps", steps)
+        print(name, {key: last[key] for key in ("test_accuracy", "seconds")}, flush=True)
+
+    def recipe(self, *flags):
+        self.pflop("recipe", self.RECIPE, 0.5, *flags)
+
+    def plain(self, *flags):
+        self.pflop("plain", self.PLAIN, 0.5, *flags)
+
+    def ablation(self, *flags):
+        """The recipe at a quarter of its compute, each of its parts changed, and the plain recipe."""
+        changes = {"": [], "_no_conv_stem": ["--no-conv_stem"], "_cls": ["--pool", "cls"], "_trivial": ["--trivial"],
+                   "_cutmix": ["--cutmix", 1]}
+        for name, change in changes.items():
+            self.pflop(f"quarter{name}", self.RECIPE, 0.125, *map(str, change), *flags)
+        self.pflop("quarter_plain", self.PLAIN, 0.125, *flags)
+
+    def cnn(self, *flags, pflop=0.125):
+        """ResNet-56 and a ViT of as many parameters, with crop and flip, and equal compute, on a tenth of the labels
+        and on all; each with that learning rate of four that a fifth of the compute chose, on validation images."""
+        scripts = {name: importlib.import_module(name) for name in ("vit", "resnet")}
+        vit, resnet = scripts.values()
+        macs = {"vit": vit.count_macs(vit.load_vit(vit.Config(arch="mini", patch_size=4), 10), 32),
+                "resnet": resnet.count_macs(resnet.load_network(resnet.Config(arch="resnet56"), 10), 32)}
+        own = {"vit": "--arch mini --patch_size 4 --label_smoothing 0", "resnet": "--arch resnet56"}
+        for script, rates in dict(vit=(5e-4, 1e-3, 2e-3, 4e-3), resnet=(0.0125, 0.025, 0.05, 0.1)).items():
+            bench = Bench()
+            bench.script = script  # logs in assets/logs/vit/ and assets/logs/resnet/
+
+            def run(name, share, *more):
+                steps = round(share * 1e15 * float(pflop) / (6 * 128 * macs[script]))
+                last = bench.train(name, *"--data cifar10 --batch_size 128 --log_every 50".split(),
+                                   *own[script].split(), "--steps", steps, "--eval_every", math.ceil(steps / 10),
+                                   *more, *flags)
+                rows = [json.loads(line) for line in open(f"out/bench/{name}/log.jsonl")]
+                best = max(row["val_accuracy"] for row in rows if "val_accuracy" in row)
+                print(script, name, f"validation {best:.4f}, test {last['test_accuracy']:.4f}", flush=True)
+                return best
+
+            rate = max(rates, key=lambda lr: run(f"equal_fifth_lr{lr}", 0.2, "--lr", lr))
+            for labels in (0.1, 1.0):
+                run(f"equal_labels{labels}", 1, "--lr", rate, "--labels", labels)
+
+    def speed(self, rounds=5):
+        """A training step of 192 × 6, patch 4, batch 256: vit.py's against the same model from torch's modules and
+        scaled_dot_product_attention, eager, in fp32 and under bf16 autocast; and the share of augmentation in it."""
+        vit = importlib.import_module("vit")
+        c = vit.Config(arch="cifar", patch_size=4, conv_stem=False, batch_size=256)
+        (x, y), counter = vit.make_shapes(1000, 0), itertools.count()
+        c_augmented = dataclasses.replace(c, trivial=True, cutmix=1.0, erase=0.25)
+        _, dtype, autocast = vit.pick_device("cpu", "bfloat16")
+        ours, plain = vit.load_vit(c, 10), vit.load_vit(c, 10)
+
+        def attention(self, x, key_mask=None):
+            B, N, C = x.shape
+            q, k, v = self.qkv(x).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+            return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, C))
+
+        for block in plain.blocks:
+            block.attn.forward = functools.partial(attention, block.attn)
+        plain_opt = torch.optim.AdamW(plain.parameters(), 1e-3, weight_decay=0.05)
+        images, targets = vit.normalise(x[:256], plain.stats).contiguous(), y[:256]
+        optimizer = vit.adamw(ours, c)
+
+        def plain_step(enabled):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                loss = F.cross_entropy(plain(images).float(), targets, label_smoothing=0.1)
+            loss.backward()
+            nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+            plain_opt.step()
+            plain_opt.zero_grad()
+
+        def batch(config):
+            vit.augmented_batch(config, x, y, None, 10, plain.stats, next(counter), 0, 1)
+
+        run = {"fp32": lambda: plain_step(False), "autocast": lambda: plain_step(True),
+               "vit.py": lambda: vit.vit_step(ours, ours, None, optimizer, autocast, (x, y), None, c, next(counter),
+                                              10**6, 0, 1),
+               "crop and flip": lambda: batch(c), "all augmentation": lambda: batch(c_augmented)}
+        times = in_turn(run, int(rounds), warm=2)
+        for name, t in times.items():
+            print(f"{name:>16} {1e3 * statistics.median(t):8.1f} ms, {256 / statistics.median(t):6.0f} images/s | fp32 "
+                  f"takes {ratio(times, 'fp32', name):.2f} times as long, autocast "
+                  f"{ratio(times, 'autocast', name):.2f}",
+                  flush=True)
+
+
+class BenchFlashAttn(Bench):
+    """python tests.py BenchFlashAttn.NAME, where NAME is one of the methods; nothing else should run meanwhile."""
+
+    script = "flash_attn"
+
+    def inputs(self, T):
+        torch.manual_seed(0)
+        return [torch.randn(1, 8, T, 64).requires_grad_(wants) for wants in (True, True, True, False)]
+
+    def speed(self, T=4096, rounds=9):
+        """fp32, causal, B 1, H 8, D 64: our time over torch's, forward, backward, and both; and the naive one's."""
+        fa, (q, k, v, do) = importlib.import_module("flash_attn"), self.inputs(int(T))
+        forward = dict(ours=lambda: fa.flash_attention(q, k, v, causal=True),
+                       sdpa=lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+                       naive=lambda: fa.attention(q, k, v, causal=True))
+        forward = {name: torch.no_grad()(f) for name, f in forward.items()} | {
+            name + " both": functools.partial(lambda f: torch.autograd.grad(f(), (q, k, v), do), f)
+            for name, f in forward.items()}
+        times = in_turn(forward, int(rounds), warm=1)
+        for name, t in times.items():
+            other = "sdpa both" if "both" in name else "sdpa"
+            print(f"{name:>10} {1e3 * statistics.median(t):8.1f} ms, {ratio(times, name, other):.3f} of torch's",
+                  flush=True)
+
+    def sizes(self, T=4096, rounds=5):
+        """The same for several sizes of tiles."""
+        fa, (q, k, v, do) = importlib.import_module("flash_attn"), self.inputs(int(T))
+        run = dict(sdpa=lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True))
+        run["sdpa both"] = lambda: torch.autograd.grad(run["sdpa"](), (q, k, v), do)
+
+        def ours(sizes, both):
+            with mock.patch.multiple(fa, HEADS=sizes[0], ROWS=sizes[1], COLUMNS=sizes[2]):
+                o = fa.flash_attention(q, k, v, causal=True)
+                return torch.autograd.grad(o, (q, k, v), do) if both else o
+
+        for sizes in itertools.product((2, 4, 8), (128, 256), (128, 256, 512)):
+            run[f"{sizes}"] = functools.partial(ours, sizes, False)
+            run[f"{sizes} both"] = functools.partial(ours, sizes, True)
+        times = in_turn(run, int(rounds), warm=1)
+        for name in times:
+            other = "sdpa both" if "both" in name else "sdpa"
+            print(f"{name:>22} {ratio(times, name, other):.3f} of torch's", flush=True)
+
+    def window(self, T=16384, rounds=3):
+        """Forward with a window of 256, against torch's with the same mask as a matrix."""
+        fa, (q, k, v, _) = importlib.import_module("flash_attn"), self.inputs(int(T))
+        lo, hi = fa.spans(int(T), int(T), True, 256)
+        j = torch.arange(int(T))
+        mask = (lo[:, None] <= j) & (j < hi[:, None])
+        run = dict(ours=lambda: fa.flash_attention(q, k, v, causal=True, window=256),
+                   sdpa=lambda: F.scaled_dot_product_attention(q, k, v, mask))
+        with torch.no_grad():
+            times = in_turn(run, int(rounds), warm=1)
+        print(f"ours {1e3 * statistics.median(times['ours']):.0f} ms, torch's {ratio(times, 'sdpa', 'ours'):.1f} "
+              "times as long", flush=True)
+
+    def memory(self, T=16384):
+        """MiB above inputs and outputs, forward and backward."""
+        code = f"import flash_attn as f; print(f.bench_case(f.Config(), 'torch', {int(T)}))"
+        subprocess.run([sys.executable, "-c", code], cwd=HERE, check=True)
+
+    def curves(self, *flags):
+        """The default run with flash_attention and with attention: logs in assets/logs/flash_attn/."""
+        for backend in ("torch", "naive"):
+            out = Path("out/bench") / f"flash_attn_{backend}"
+            flags_ = ["--backend", backend, "--out", str(out), *flags]
+            code = f"import sys, flash_attn; sys.exit(flash_attn.main({flags_}))"
+            subprocess.run([sys.executable, "-c", code], check=True)  # each with a peak of its own
+            last = self.keep(out, backend)
+            print(backend, {k: last[k] for k in ("test_accuracy", "seconds", "peak_mb")}, flush=True)
+
+
+class BenchMAE(Bench):
+    """python tests.py BenchMAE.NAME, where NAME is one of the methods; nothing else should run meanwhile. Flags are
+    passed on: --data and --data_dir."""
+
+    script = "mae"
+    CIFAR = ("--data cifar10 --dim 192 --depth 6 --heads 3 --decoder_dim 128 --decoder_depth 2 --decoder_heads 4 "
+             "--no-class_token --mask_ratio 0.75 --norm_pix_loss --batch_size 256 --lr 1.5e-3 --log_every 20").split()
+
+    def timed(self, name, seconds, *flags, test=False):
+        """A run of about so many seconds of training, as many steps as twelve say, a tenth of them warm-up; its best
+        linear probe on validation images. Test images are read where test is asked for."""
+        mae = importlib.import_module("mae")
+        flags = [*self.CIFAR, *map(str, flags)]
+        unread = mock.patch.object(mae, "finish_mae", lambda *_: None)
+        with unread:
+            if mae.main([*flags, "--data", "shapes", "--labels", "0.1", "--steps", "12", "--eval_every", "99",
+                         "--log_every", "2", "--out", "out/bench/steps"]):
+                sys.exit(f"{name} failed")
+        rows = [json.loads(line) for line in open("out/bench/steps/log.jsonl")]
+        ms = statistics.median(row["ms"] for row in rows if row.get("step", 0) > 2 and "ms" in row)
+        steps = max(10, round(1e3 * float(seconds) / ms))
+        with contextlib.nullcontext() if test else unread:
+            last = self.train(name, *flags, "--steps", steps, "--warmup", steps // 10)
+        rows = [json.loads(line) for line in open(f"out/bench/{name}/log.jsonl")]
+        best = max((row for row in rows if "linear" in row), key=lambda row: row["linear"])
+        print(f"{name}: {steps} steps, {last['seconds']:.0f} s | validation linear {best['linear']:.4f}, kNN "
+              f"{best['knn']:.4f}", {key: last[key] for key in last if key.startswith("test_")}, flush=True)
+        return best["linear"]
+
+    def default(self):
+        self.train("default_seed0")
+
+    def hour(self, *flags, seconds=3600):
+        """CIFAR-10, at that base rate of three which a tenth of the time chose; then what fine-tuning it gives against
+        the same network from scratch, in equal steps."""
+        rate = max((0.75e-3, 1.5e-3, 3e-3), key=lambda lr: self.timed(f"hour_lr{lr}", seconds / 10, "--lr", lr, *flags))
+        self.timed("hour", seconds, "--lr", rate, *flags, test=True)
+        self.finetune(*flags)
+
+    def finetune(self, *flags, steps=250):
+        """On all labels and on a tenth; each at that rate of three which a fifth of the steps chose by accuracy on
+        validation images. The network is vit.py's without a stem; from scratch its positions stay fixed."""
+        vit = Bench()
+        vit.script = "vit"  # logs in assets/logs/vit/
+        starts = dict(finetuned=["--init", "out/bench/hour/best.pt", "--layer_decay", 0.75],
+                      scratch="--arch cifar --patch_size 4 --no-conv_stem --pool mean --pos sincos".split())
+
+        def run(name, start, steps, *more):
+            last = vit.train(name, "--data", "cifar10", *start, "--steps", steps, "--batch_size", 128, "--warmup",
+                             steps // 10, "--log_every", 50, "--eval_every", math.ceil(steps / 5), *more, *flags)
+            rows = [json.loads(line) for line in open(f"out/bench/{name}/log.jsonl")]
+            best = max(row["val_accuracy"] for row in rows if "val_accuracy" in row)
+            print(f"{name}: validation {best:.4f}, test {last['test_accuracy']:.4f}", flush=True)
+            return best
+
+        for name, start in starts.items():
+            rate = max((5e-4, 1e-3, 2e-3), key=lambda lr: run(f"mae_{name}_lr{lr}", start, steps // 5, "--lr", lr))
+            for labels in (1.0, 0.1):
+                run(f"mae_{name}_labels{labels}", start, steps, "--lr", rate, "--labels", labels)
+
+    def table(self):
+        """The README's lines about the hour, the fine-tuning after it, and ten minutes of other sizes."""
+        vit, lines = Bench(), ["| | lr | all labels | 10% of labels |", "|---|---|---|---|"]
+        vit.script = "vit"
+        for name, label in dict(finetuned="from MAE's encoder", scratch="from scratch").items():
+            runs = [vit.log(f"mae_{name}_labels{labels}") for labels in (1.0, 0.1)]
+            scores = (f"{rows[-1]['test_accuracy'] + 1e-9:.1%}" for _, rows in runs)
+            lines.append(f"| {' | '.join([label, format(runs[0][0]['lr'], 'g'), *scores])} |")
+        return self.probed(dict(hour="MAE")) + lines + self.validated({
+            "ratio_0.5": "half of the patches hidden", "ratio_0.75": "three quarters", "ratio_0.9": "nine tenths",
+            "decoder_1": "three quarters, a decoder of 1 block", "decoder_4": "three quarters, of 4 blocks"}, "linear")
+
+    def ablation(self, *flags, seconds=600):
+        """Mask ratios and depths of the decoder, ten minutes each, so that the more is hidden the more steps there
+        are; [1] has equal epochs."""
+        for ratio in (0.5, 0.75, 0.9):
+            self.timed(f"ratio_{ratio}", seconds, "--mask_ratio", ratio, *flags)
+        for depth in (1, 4):  # 2 is ratio_0.75
+            self.timed(f"decoder_{depth}", seconds, "--decoder_depth", depth, *flags)
+
+    def speed(self, rounds=5):
+        """A training step of 192 × 12, patch 4, decoder 128 × 2, batch 256: mae.py's against the official design,
+        with scaled_dot_product_attention and its AdamW, eager, in fp32 and under bf16 autocast; then forward and
+        backward through the encoder, of a quarter of the patches and of all."""
+        mae = importlib.import_module("mae")
+        c = mae.Config(dim=192, depth=12, heads=3, decoder_dim=128, decoder_depth=2, decoder_heads=4, batch_size=256,
+                       mask_ratio=0.75, norm_pix_loss=True)
+        (images, _), counter = mae.make_shapes(1000, 0), itertools.count()
+        _, _, autocast = mae.pick_device("cpu", "auto", "avx512_bf16")
+        ours, plain = mae.load_mae(c), mae.load_mae(c)
+
+        def attention(self, x, key_mask=None):
+            B, N, C = x.shape
+            q, k, v = self.qkv(x).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+            return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, C))
+
+        for block in [*plain.blocks, *plain.decoder_blocks]:
+            block.attn.forward = functools.partial(attention, block.attn)
+        trained = [p for p in plain.parameters() if p.requires_grad]
+        plain_opt = torch.optim.AdamW(trained, 1e-3, betas=(0.9, 0.95), weight_decay=0.05)
+        x, optimizer = mae.normalise(images[:256], plain.stats).contiguous(), mae.decay_weights(ours, 0.05)
+
+        def plain_step(enabled):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                loss = plain(x, 0.75)[0]
+            loss.backward()
+            plain_opt.step()
+            plain_opt.zero_grad()
+
+        def encoder(ratio):
+            with autocast:
+                z = ours.encode(x, ratio, torch.rand(256, 64))[0] if ratio else ours.encoder(ours.tokens(x))
+            z.sum().backward()
+            ours.zero_grad()
+
+        run = {"fp32": lambda: plain_step(False), "autocast": lambda: plain_step(True),
+               "mae.py": lambda: mae.mae_step(ours, ours, optimizer, autocast, images, c, next(counter), 10**6, 0, 1),
+               "encoder at .75": lambda: encoder(0.75), "encoder of all": lambda: encoder(0)}
+        times = in_turn(run, int(rounds), warm=2)
+        for name, t in times.items():
+            longer = [f"{other} {ratio(times, other, name):.2f}" for other in ("fp32", "autocast", "encoder of all")]
+            print(f"{name:>14} {1e3 * statistics.median(t):8.1f} ms, {256 / statistics.median(t):6.0f} images/s | "
+                  f"times as long take {', '.join(longer)}", flush=True)
+
+
+class BenchSimCLR(Bench):
+    """python tests.py BenchSimCLR.NAME, where NAME is one of the methods; nothing else should run meanwhile. Flags of
+    runs on CIFAR-10 are passed on: --data and --data_dir."""
+
+    script = "simclr"
+
+    def default(self):
+        """The run without flags."""
+        began = time.perf_counter()
+        last = self.train("default_seed0")
+        print({key: last[key] for key in last if "knn" in key or "linear" in key},
+              f"{time.perf_counter() - began:.0f} s in all")
+
+    def speed(self, rounds=3, batch=256):
+        """A step of ResNet-18, batch 256, augmentation included, in what the machine is fastest in and in fp32,
+        against the same network, loss and optimiser in fp32 eager on pairs from a DataLoader of two workers that
+        transform PIL pictures, which go on while steps are timed; and augmentation's share."""
+        simclr, rounds, batch = importlib.import_module("simclr"), int(rounds), int(batch)
+        x, counter = simclr.make_shapes((rounds + 6) * batch, 0)[0], itertools.count()
+        c = simclr.Config(width=64, batch_size=batch, optimizer="sgd", crop_min=0.2, jitter=0.5, grey=0.2)
+        ours = simclr.load_pair(c)[0].to(memory_format=torch.channels_last)
+        optimizer = simclr.make_optimizer(ours, c)
+
+        def step(autocast):
+            simclr.contrastive_step(ours, ours, optimizer, autocast, x, c, next(counter), 10**6, 0, 1)
+
+        kinds = {name: simclr.pick_device("cpu", name, "avx512_bf16")[1:] for name in ("auto", "float32")}
+        run = {name: functools.partial(step, autocast) for name, (_, autocast) in kinds.items()}
+        run["views"] = lambda: simclr.views(c, x, next(counter), batch, np.arange(2 * batch))
+        times = in_turn(run, rounds, warm=1)
+        rate = {name: batch / statistics.median(t) for name, t in times.items()}
+        for name, (dtype, _) in kinds.items():
+            print(f"simclr.py: {rate[name]:.1f} pairs/s ({dtype}), augmentation {ratio(times, 'views', name):.1%} of a "
+                  "step", flush=True)
+        try:
+            from torchvision import transforms as T
+            import PIL  # noqa: F401
+        except ImportError as error:
+            return print(f"nothing to compare with: {error}; pip install torchvision pillow")
+        transform = T.Compose([T.RandomResizedCrop(32, scale=(0.2, 1)), T.RandomHorizontalFlip(),
+                               T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8), T.RandomGrayscale(0.2),
+                               T.ToTensor(), T.Normalize(*simclr.CIFAR10_STATS)])
+        loader = torch.utils.data.DataLoader(PerImage(x, transform), batch, shuffle=True, num_workers=2, drop_last=True)
+        plain = simclr.load_pair(c)[0].to(memory_format=torch.contiguous_format).train()
+        optimizer, began, done = simclr.make_optimizer(plain, c), None, 0
+        for x1, x2 in itertools.islice(loader, rounds + 1):  # workers have four more pairs of batches to go on with
+            loss, _ = simclr.nt_xent(*plain(torch.cat((x1, x2))).chunk(2), c.temperature)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if began is None:  # workers start and the first batch warms up
+                began = time.perf_counter()
+            else:
+                done += batch
+        theirs = done / (time.perf_counter() - began)
+        print(f"PIL, two workers, fp32 eager: {theirs:.1f} pairs/s; simclr.py does {rate['auto'] / theirs:.2f} times "
+              f"as many, in fp32 {rate['float32'] / theirs:.2f}")
+
+    def timed(self, name, minutes, *flags, test=False):
+        """A run of about so many minutes of training, as many steps as eight of its own say; its best kNN on validation
+        images, and where test is asked for, figures on test images."""
+        simclr = importlib.import_module("simclr")
+        c = simclr.parse_flags(simclr.Config, "", [*map(str, flags)])
+        device, _, autocast = simclr.pick_device(c.device, c.dtype, "avx512_bf16")
+        model = simclr.load_pair(c)[0].to(device, memory_format=torch.channels_last)
+        x, optimizer = simclr.make_shapes(2000, 0)[0].to(device), simclr.make_optimizer(model, c)
+        for step in range(11):
+            if step == 3:
+                began = time.perf_counter()
+            value = simclr.contrastive_step(model, model, optimizer, autocast, x, c, step, 10**6, 0, 1)
+            value["loss"].item()
+        steps = round(60 * minutes / ((time.perf_counter() - began) / 8))
+        with contextlib.nullcontext() if test else mock.patch.object(simclr, "finish_simclr", lambda *_: None):
+            last = self.train(name, *flags, "--steps", steps, "--warmup", steps // 10, "--eval_every",
+                              math.ceil(steps / 6), "--log_every", 50)
+        rows = [json.loads(line) for line in open(f"out/bench/{name}/log.jsonl")]
+        best = max((row for row in rows if "knn" in row), key=lambda row: row["knn"])
+        print(f"{name}: {steps} steps, {last['seconds']:.0f} s | validation kNN {best['knn']:.4f}, linear "
+              f"{best['linear']:.4f}", {key: last[key] for key in last if key.startswith("test_")}, flush=True)
+        return best["knn"]
+
+    def objective(self, loss, *flags):
+        """Half an hour of one objective, at that rate of three which was best after three minutes."""
+        own = ["--loss", loss, "--batch_size", 128, "--data", "cifar10", *flags]
+        own += ["--temperature", 0.1] if loss == "moco" else []  # as in its authors' code for CIFAR-10
+        rate = max((1e-3, 2e-3, 4e-3), key=lambda lr: self.timed(f"{loss}_lr{lr}", 3, *own, "--lr", lr))
+        self.timed(loss, 30, *own, "--lr", rate, test=True)
+
+    def hours(self, *flags):
+        """Half an hour per objective, then the chart."""
+        for loss in ("simclr", "moco", "vicreg"):
+            self.objective(loss, *flags)
+        self.curves()
+
+    def table(self):
+        """The README's lines about half an hour of each objective, and about ten minutes of SimCLR."""
+        return self.probed(dict(simclr="SimCLR", vicreg="VICReg", moco="MoCo")) + self.validated({
+            f"{kind}_{value}": f"{kind} {value:,}" for kind, values in dict(
+                temperature=(0.1, 0.5, 1), batch=(64, 256, 1024)).items() for value in values}, "knn")
+
+    def curves(self):
+        """A chart of kNN on validation images against seconds of training, from the three objectives' logs."""
+        names = ("SimCLR", "VICReg", "MoCo")
+        rows = {name: [row for row in self.log(name.lower())[1] if "knn" in row] for name in names}
+        series = {name: [(row["seconds"], row["knn"]) for row in of] for name, of in rows.items()}
+        for name in ("pixels", "random_init"):
+            series[name.replace("_", " ")] = [(row["seconds"], row[f"knn_{name}"]) for row in rows["SimCLR"]]
+        importlib.import_module("simclr").curves_svg(HERE / "assets" / "simclr_knn.svg", series, "seconds of training",
+                                                     "kNN, validation")
+
+    def temperatures(self, *flags):
+        for t in (0.1, 0.5, 1):
+            self.timed(f"temperature_{t}", 10, "--temperature", t, "--batch_size", 128, "--data", "cifar10", *flags)
+
+    def batches(self, *flags):
+        """Equal time, so the larger the batch the fewer the steps; batch norm sees 128 views at a time; the rate goes
+        with the root of the batch."""
+        for batch in (64, 256, 1024):
+            chunk = ["--chunk", 64] if batch > 64 else []
+            self.timed(f"batch_{batch}", 10, "--batch_size", batch, "--lr", 2e-3 * (batch / 64) ** 0.5, *chunk,
+                       "--data", "cifar10", *flags)
+
+    def gpu(self, *flags):
+        """ResNet-18, 100 epochs, three seeds, for each objective: for a GPU."""
+        for loss, seed in itertools.product(("simclr", "moco", "vicreg"), range(3)):
+            t = 0.5 if loss == "simclr" else 0.1
+            last = self.train(f"gpu_{loss}_seed{seed}", "--data", "cifar10", "--loss", loss, "--width", 64,
+                              "--batch_size", 512, "--optimizer", "sgd", "--temperature", t, "--warmup", 500,
+                              "--epochs", 100, "--seed", seed, *flags)
+            print(loss, seed, {key: last[key] for key in ("test_knn", "test_linear", "seconds")}, flush=True)
+
+
+class BenchIJEPA(Bench):
+    """python tests.py BenchIJEPA.NAME, where NAME is one of the methods; nothing else should run meanwhile. Flags are
+    passed on: --data and --data_dir."""
+
+    script = "ijepa"
+    VIT = "--data cifar10 --batch_size 128 --log_every 20".split()  # all: AdamW, crop and flip; a ViT of width 192,
+    RATES = (1e-3, 2e-3, 4e-3)  # depth 6, 3 heads, patches of 4 pixels, the mean of its tokens; peaks to choose from
+    ROWS = {  # name, 11 letters at most: the script, and its flags
+        "ijepa": ("ijepa", "--dim 192 --depth 6 --heads 3 --predictor_dim 96 --predictor_depth 4"),
+        "mae": ("mae", "--dim 192 --depth 6 --heads 3 --patch_size 4 --no-class_token --decoder_dim 128 "
+                       "--decoder_depth 2 --decoder_heads 4 --mask_ratio 0.75 --norm_pix_loss"),
+        "simclr_flip": ("simclr", "--encoder vit --width 192 --augment crop_flip"),
+        "simclr_full": ("simclr", "--encoder vit --width 192"),
+        "supervised": ("vit", "--arch cifar --patch_size 4 --no-conv_stem --pool mean --pos sincos")}
+
+    def default(self):
+        """The run without flags."""
+        began = time.perf_counter()
+        last = self.train("default_seed0")
+        print({key: last[key] for key in last if "knn" in key or "linear" in key},
+              f"{time.perf_counter() - began:.0f} s in all")
+
+    def coverage(self, draws=10000, grid=8):
+        """How often each patch of a grid is context, and target, in so many draws."""
+        ijepa, generator = importlib.import_module("ijepa"), torch.Generator().manual_seed(0)
+        draws, grid = int(draws), int(grid)
+        seen, kept = torch.zeros(2, grid**2), 0
+        for _ in range(draws // 25):
+            ids, real, targets = ijepa.sample_masks(25, grid, generator)
+            seen[0] += torch.bincount(ids[real], minlength=grid**2)
+            seen[1] += torch.bincount(torch.cat(targets, dim=1).flatten(), minlength=grid**2)
+            kept += real.float().mean().item()
+        for name, counts in zip(("context", "target"), seen):
+            print(f"{name}: each patch {counts.min():.0f} to {counts.max():.0f} times in {draws:,} draws, most over "
+                  f"least {counts.max() / counts.min():.2f}")
+            print("\n".join(" ".join(f"{v / draws:5.2f}" for v in row) for row in counts.view(grid, grid)))
+        print(f"a context has {seen[0].sum() / draws:.1f} patches, of a batch of 25 padded to "
+              f"{draws // 25 / kept:.2f} times as many")
+
+    def row(self, name, *flags, seconds=1200):
+        """One row of the comparison: about so many seconds of training, as many steps as twelve say, at that rate of
+        three which a tenth of the steps chose by kNN (supervised: accuracy) on validation images; evaluated six
+        times, so that the log gives the table at equal seconds and at equal images. The test images are left to
+        compare."""
+        script, recipe = self.ROWS[name]
+        module, flags, seconds = importlib.import_module(script), [*self.VIT, *recipe.split(), *flags], float(seconds)
+        finish = dict(vit="finish_run").get(script, f"finish_{script}")
+        logs, bench = HERE / "assets" / "logs", Bench()
+        bench.script = script
+        (logs / self.script).mkdir(exist_ok=True)
+
+        def run(label, lr, steps, evaluations, *more):
+            base = lr * (2 if script == "mae" else 1)  # mae.py's is for 256 images
+            with mock.patch.object(module, finish, lambda *_: None):
+                bench.train(label, *flags, "--lr", base, "--steps", steps, "--warmup", max(1, steps // 10),
+                            "--eval_every", math.ceil(steps / evaluations), *more)
+            os.replace(logs / script / f"{label}.jsonl", logs / self.script / f"{label}.jsonl")
+            rows = [json.loads(line) for line in open(logs / self.script / f"{label}.jsonl")]
+            scores = [row.get("knn", row.get("val_accuracy")) for row in rows if "knn" in row or "val_accuracy" in row]
+            print(f"{label}: {scores[-1]:.4f} after {rows[-1]['seconds']:.0f} s", flush=True)
+            return scores[-1], rows
+
+        _, rows = run(f"{name}_short", 1e-3, 12, 1, "--data", "shapes", "--labels", 0.1, "--log_every", 2)
+        os.remove(logs / self.script / f"{name}_short.jsonl")
+        ms = statistics.median(row["ms"] for row in rows if row.get("step", 0) > 2 and "ms" in row)
+        steps = max(10, round(1e3 * seconds / ms))
+        rate = max(self.RATES, key=lambda lr: run(f"{name}_tenth_lr{lr}", lr, max(1, steps // 10), 1)[0])
+        run(name, rate, steps, 6)
+
+    def comparison(self, *flags, seconds=1200):
+        """Every row for as many seconds, then the table and the t-SNE picture of what they learned."""
+        for name in self.ROWS:
+            self.row(name, *flags, seconds=seconds)
+        self.compare(*flags)
+
+    def compare(self, *flags):
+        """The table and pictures into out/bench/compare, the table into the logs too. best.pt is chosen on validation
+        images, by the probe, and for the supervised row by accuracy."""
+        paths = [f"out/bench/{name}/best.pt" for name in self.ROWS]
+        data = [str(f) for f in flags]
+        if importlib.import_module("ijepa").main(["--data", "cifar10", "--compare", ",".join(paths), "--out",
+                                                  "out/bench/compare", *data]):
+            sys.exit("--compare failed")
+        text = json.dumps(dict(json.loads(Path("out/bench/compare/compare.json").read_text()), **about("ijepa.py")))
+        (HERE / "assets" / "logs" / self.script / "compare.json").write_text(text + "\n")
+        self.curves()
+
+    def table(self):
+        """The README's lines about compare.json."""
+        folder, names = HERE / "assets" / "logs" / self.script, dict(
+            supervised="with labels, vit.py", simclr_full="SimCLR", simclr_flip="SimCLR, colours as they are",
+            mae="MAE", ijepa="I-JEPA", random_init="random init", pixels="pixels")
+        keys = ("knn", "linear", "linear_10%", "linear_1%")
+        results = json.loads((folder / "compare.json").read_text())
+        lines = ["| | steps | kNN | linear | 10% of labels | 1% | RankMe | std |", "|---|" + 7 * "---|"]
+        for name, label in names.items():
+            scores, path = results[name], folder / f"{name}.jsonl"
+            steps = f"{json.loads(path.read_text().splitlines()[-1])['step']:,}" if path.exists() else ""
+            cells = [label, steps, *(f"{scores[key] + 1e-9:.1%}" for key in keys), f"{scores['rankme']:.0f}",
+                     f"{scores['std']:.2f}"]
+            lines.append(f"| {' | '.join(cells)} |")
+        return lines
+
+    def curves(self):
+        """Charts of kNN on validation images from the rows' logs, at equal images and at equal seconds."""
+        ijepa, logs = importlib.import_module("ijepa"), HERE / "assets" / "logs" / self.script
+        for label, x in (("images", lambda row: 128 * row["step"]), ("seconds", lambda row: row["seconds"])):
+            series = {}
+            for name in self.ROWS:
+                path = logs / f"{name}.jsonl"
+                rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+                points = [(x(row), row["knn"]) for row in rows if "knn" in row]
+                series |= {name: points} if points else {}
+            ijepa.curves_svg(HERE / "assets" / f"ijepa_knn_{label}.svg", series, f"{label}, of training",
+                             "kNN, validation")
+
+    def speed(self, rounds=5):
+        """A step of 192 × 6, patch 4, predictor 96 × 4, batch 256, contexts of 30 patches and four targets of 10:
+        ijepa.py's against the official design, eager, with scaled_dot_product_attention, its AdamW and its loop over
+        parameters for the average, in fp32 and under bf16 autocast, at the same masks. Then ijepa.py's with masks as
+        it draws them, whose contexts are padded."""
+        ijepa = importlib.import_module("ijepa")
+        c = ijepa.Config(dim=192, depth=6, heads=3, predictor_dim=96, predictor_depth=4, predictor_heads=3,
+                         batch_size=256, targets=4)
+        (images, _), counter, B = ijepa.make_shapes(1000, 0), itertools.count(), 256
+        _, _, autocast = ijepa.pick_device("cpu", "auto", "avx512_bf16")
+        ours, free, plain = (ijepa.load_ijepa(c) for _ in range(3))
+        order = torch.rand(B, 64).argsort(dim=1)
+        context = order[:, :30].sort(dim=1).values
+        targets = [order[:, 30:].gather(1, torch.rand(B, 34).argsort(dim=1)[:, :10]) for _ in range(4)]  # of the rest
+        fixed = [context, torch.cat(targets), None]
+
+        def attention(self, x, key_mask=None):
+            B, N, C = x.shape
+            q, k, v = self.qkv(x).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+            return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, C))
+
+        encoder, target, predictor = plain.encoder, plain.target_encoder, plain.predictor
+        for block in [*encoder.blocks, *target.blocks, *predictor.predictor_blocks]:
+            block.attn.forward = functools.partial(attention, block.attn)
+        plain_opt = torch.optim.AdamW([p for p in plain.parameters() if p.requires_grad], 1e-3, weight_decay=0.04)
+        x = ijepa.normalise(images[:B], plain.stats).contiguous()
+
+        def gather(x, masks):  # apply_masks of the official code
+            return torch.cat([x.gather(1, ids[:, :, None].repeat(1, 1, x.size(2))) for ids in masks])
+
+        def plain_step(enabled):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                with torch.no_grad():
+                    h = gather(F.layer_norm(target(x), (192,)), targets)  # (4 B, 10, 192)
+                z = gather(encoder.patch_embed(x) + encoder.pos_embed, [context])
+                for block in encoder.blocks:
+                    z = block(z)
+                pos = predictor.predictor_pos_embed.repeat(B, 1, 1)
+                z = predictor.predictor_embed(encoder.norm(z)) + gather(pos, [context])
+                places = gather(pos, targets)  # (4 B, 10, 96)
+                z = torch.cat((z.repeat(4, 1, 1), predictor.mask_token.repeat(4 * B, 10, 1) + places), dim=1)
+                for block in predictor.predictor_blocks:
+                    z = block(z)
+                z = predictor.predictor_proj(predictor.predictor_norm(z)[:, 30:])
+                loss = F.smooth_l1_loss(z, h)
+            loss.backward()
+            plain_opt.step()
+            plain_opt.zero_grad()
+            with torch.no_grad():
+                for q, k in zip(encoder.parameters(), target.parameters()):
+                    k.data.mul_(0.996).add_((1 - 0.996) * q.detach().data)
+
+        def step(model, optimizer):
+            ijepa.ijepa_step(model, model, optimizer, autocast, images, c, next(counter), 10**6, 0, 1)
+
+        def at_fixed_masks():
+            with mock.patch.object(ijepa, "draw_masks", lambda *_: fixed):
+                step(ours, optimizer)
+
+        optimizer, other = ijepa.adamw_groups(ours, 0.04), ijepa.adamw_groups(free, 0.04)
+        run = {"fp32": lambda: plain_step(False), "autocast": lambda: plain_step(True), "ijepa.py": at_fixed_masks,
+               "own masks": lambda: step(free, other)}
+        times = in_turn(run, int(rounds), warm=2)
+        for name, t in times.items():
+            print(f"{name:>9} {1e3 * statistics.median(t):8.1f} ms, {256 / statistics.median(t):6.0f} images/s | fp32 "
+                  f"takes {ratio(times, 'fp32', name):.2f} times as long, autocast "
+                  f"{ratio(times, 'autocast', name):.2f}", flush=True)
+
+
+class BenchPuzzles:
+    """python tests.py BenchPuzzles.NAME, where NAME is one of the methods."""
+
+    def checks(self):
+        """Seconds that check takes for each puzzle once torch is there: the five slowest, and the median."""
+        puzzles, seconds = importlib.import_module("puzzles"), []
+        for p in puzzles.PUZZLES.values():
+            begin = time.perf_counter()
+            found = puzzles.judge({p.name: (p.solution, None)})
+            seconds.append((time.perf_counter() - begin, p.name))
+            assert found[p.name] is None, p.name
+        print(sorted(seconds, reverse=True)[:5], "median", statistics.median(s for s, _ in seconds))
+
+    def linear(self):
+        """A linear classifier on the batches of puzzles.py train, at three learning rates."""
+        puzzles = importlib.import_module("puzzles")
+        c = puzzles.Config()
+        train, val, test = [puzzles.make_shapes(n, seed) for n, seed in ((20000, 1), (1000, 2), (2000, 3))]
+        for lr in (0.003, 0.03, 0.3):
+            torch.manual_seed(0)
+            model = nn.Linear(256, 10)
+            optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9)
+            for step in range(c.steps):
+                optimizer.param_groups[0]["lr"] = lr * (1 - step / c.steps)
+                x, y = puzzles.training_batch(c, *train, step)
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            right = [(model(x).argmax(1) == y).double().mean().item() for x, y in (val, test)]
+            print(f"lr {lr:g}: val {right[0]:.4f}, test {right[1]:.4f}", flush=True)
+
+
+def about(script):
+    """What a log says of where it was made."""
+    cpu = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line]
+    return dict(script=script, sha256=hashlib.sha256((HERE / script).read_bytes()).hexdigest(), torch=torch.__version__,
+                device=f"{len(cpu)} x {cpu[0]}")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# running
+
+
+class Result(unittest.TextTestResult):
+    """Keeps each test's seconds, and counts a test once however many of its subtests fail."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.seconds = {}
+
+    def startTest(self, test):
+        self.started = time.perf_counter()
+        super().startTest(test)
+
+    def stopTest(self, test):
+        self.seconds[test.id()] = time.perf_counter() - self.started
+        super().stopTest(test)
+
+
+def main():
+    if sys.argv[1:] and sys.argv[1].startswith("Bench"):
+        bench, name = sys.argv[1].split(".")
+        return getattr(globals()[bench](), name)(*sys.argv[2:])
+    runner = unittest.TextTestRunner(sys.stdout, resultclass=Result, warnings="ignore")
+    result = unittest.main(testRunner=runner, exit=False).result
+    for name, seconds in sorted(result.seconds.items(), key=lambda item: -item[1])[:5]:
+        print(f"{seconds:6.1f} s  {name.removeprefix('__main__.')}")
+    bad = [getattr(test, "test_case", test).id() for test, _ in result.failures + result.errors]
+    bad = {*bad, *(test.id() for test in result.unexpectedSuccesses)}
+    skipped = {getattr(test, "test_case", test).id() for test, _ in result.skipped} - bad
+    print(f"{len({*result.seconds} - bad - skipped)} passed, {len(bad)} failed, {len(skipped)} skipped")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,9 +1,10 @@
 r"""GPT-2: a Transformer decoder that learns to write by predicting the next token.
 
 All tokens pass through a stack of blocks at once. In each block a token looks at itself and at the
-tokens before it, never ahead (attention), and is then processed on its own (MLP). The one objective
-is the cross-entropy of the next token [1, 2]. To write, the model reads its own output back in. To
-fine-tune it, go on with the same loss on other text, for example instructions with answers.
+tokens before it, never ahead (attention), and is then processed on its own (MLP). The objective
+is the cross-entropy of the next token [1, 2]. To write, the model appends each token that it
+samples to its input. To fine-tune it, go on with the same loss on other text, such as answers to
+instructions.
 
     python gpt2.py                                    # offline: Python's standard library
     python gpt2.py --sample_only --prompt "def add("  # from that run's best checkpoint
@@ -12,11 +13,11 @@ fine-tune it, go on with the same loss on other text, for example instructions w
     python gpt2.py --init gpt2 --data my.jsonl --instruct --block_size 512 --out out/tuned
     torchrun --nproc_per_node=8 gpt2.py --data tokens/ --tokenizer gpt2 --pos learned \
         --n_layer 12 --n_head 12 --n_embd 768 --block_size 1024 --batch_size 32 --grad_accum 2 \
-        --optimizer adamw --lr 6e-4 --beta2 0.95 --warmup 700 --steps 19000 --compile  # not yet run
+        --optimizer adamw --lr 6e-4 --beta2 0.95 --warmup 700 --steps 19000 --compile  # untested
 
 TODO figures
 
-Rotary positions [3] and Muon [9], the defaults, are younger than [1, 2]. Nearest to [1] is
+Rotary positions [3] and Muon [9] are the defaults, though newer than GPT-2. Closest to [1] is
 --pos learned --tokenizer gpt2 --optimizer adamw --weight_decay 0.01 --dropout 0.1.
 
 [1] Radford et al. 2018, GPT  [2] Radford et al. 2019, GPT-2  [3] RoFormer, arXiv 2104.09864v5
@@ -41,15 +42,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-# Shapes: B batch, T tokens, C width, H query heads, D = C / H head size, V vocabulary
+# Shapes: B batch, T tokens, C width, H query heads, H_kv key heads, D = C / H, V vocabulary
 
 
 class GPT(nn.Module):
-    """The whole network. Its parameters have Hugging Face's names."""
+    """The whole network. Its parameters are named as in Hugging Face's GPT2LMHeadModel."""
 
     def __init__(self, config):
         super().__init__()
         self.config = c = config
+        assert c.pos in ("learned", "rope"), c.pos
         self.transformer = nn.ModuleDict()
         self.transformer.wte = nn.Embedding(c.vocab_size, c.n_embd)
         if c.pos == "learned":
@@ -59,16 +61,17 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # tied: one matrix for tokens in and out
         for name, p in self.named_parameters():
-            if p.dim() == 2:  # 2 n_layer c_proj add to the residual stream ([2] 2.3)
-                depth = 2 * c.n_layer if name.endswith("c_proj.weight") else 1
-                nn.init.normal_(p, std=0.02 / math.sqrt(depth))
+            if name.endswith("c_proj.weight"):  # 2 a block write to the residual stream
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layer))
+            elif p.dim() == 2:
+                nn.init.normal_(p, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
     def forward(self, idx, targets=None, cache=None, start=0):
-        """Read ids idx (B, T), which stand at position start and after it. With targets (B, T), the
-        next ids, or -100 for none: logits (B, T, V) and their mean cross-entropy in nats. Without:
-        logits (B, 1, V) of the token after the last, and None."""
+        """idx (B, T) are the tokens at positions start, start + 1, ... With targets (B, T), the
+        tokens after them (-100: none), returns logits (B, T, V) and the mean cross-entropy in nats;
+        without, logits (B, 1, V) of the token after the last, and None."""
         c, end = self.config, start + idx.size(1)
         if end > c.block_size:
             raise ValueError(f"{end} tokens don't fit block_size {c.block_size}")
@@ -83,19 +86,19 @@ class GPT(nn.Module):
             return self.lm_head(x[:, -1:]), None
         logits = self.lm_head(x)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
-        return logits, loss / (targets >= 0).sum().clamp(min=1)
+        return logits, loss / (targets >= 0).sum().clamp(min=1)  # 0, not NaN, without any target
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=None,
                  generator=None):
-        """Continue idx (B, T) by max_new_tokens, or until every row has drawn the token `stop`;
-        rows that end early are filled up with it. temperature 0 takes the likeliest token."""
+        """Append up to max_new_tokens tokens to idx (B, T). A row that has drawn `stop` is filled
+        up with it; generation ends early when all have. temperature 0 is greedy."""
         c, cached = self.config, 0
         done = torch.zeros_like(idx[:, :1], dtype=torch.bool)  # (B, 1)
         cache = self.lm_head.weight.new_zeros(  # keys and values of the tokens so far
             c.n_layer, 2, len(idx), c.n_kv_head or c.n_head, c.block_size, c.n_embd // c.n_head)
         for _ in range(max_new_tokens):
-            if cached == c.block_size:  # a full cache is of no use: all positions move on
+            if cached == c.block_size:  # the window slides, so that all positions change
                 cached = 0
             window = idx[:, -1:] if cached else idx[:, -c.block_size:]
             logits, _ = self(window, cache=cache, start=cached)  # (B, 1, V)
@@ -123,16 +126,16 @@ class GPT(nn.Module):
         else:
             shape, state = load_safetensors(path / "model.safetensors" if path.is_dir() else path)
         model = cls(GPTConfig(**shape))
-        # torch.compile and DistributedDataParallel put these before names
+        # without the prefixes that torch.compile and DistributedDataParallel add
         model.load_state_dict({name.replace("_orig_mod.", "").replace("module.", ""): w
                                for name, w in state.items()})
-        return model
+        return model.eval()
 
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors, which Hugging Face's GPT2LMHeadModel reads."""
         c, folder = self.config, Path(folder)
         if c.pos == "rope" or c.n_kv_head not in (None, 0, c.n_head) or not c.bias:
-            raise ValueError("Hugging Face's GPT-2 has no rope and no n_kv_head, but has biases")
+            raise ValueError("Hugging Face's GPT-2 has learned positions, all key heads, biases")
         header, data, end = {"__metadata__": {"format": "pt"}}, [], 0
         for name, w in self.state_dict().items():
             if name != "lm_head.weight":  # tied to wte
@@ -157,7 +160,7 @@ class GPTConfig:  # by default the smallest GPT-2, with 124,439,808 parameters
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
-    n_kv_head: int = None  # heads of keys and values: None for n_head, fewer [4], 1 multi-query
+    n_kv_head: int = None  # key and value heads: None or 0 for n_head, fewer [4], 1 multi-query
     pos: str = "learned"  # or rope [3]
     dropout: float = 0.0
     bias: bool = True
@@ -179,14 +182,15 @@ class TransformerBlock(nn.Module):
 
 
 class CausalSelfAttention(nn.Module):
-    """softmax(q k^T / sqrt(D)) v over a token and those before it, in H subspaces at once."""
+    """softmax(q k^T / sqrt(D)) v over a token and those before it, in each of H heads."""
 
     def __init__(self, c):
         super().__init__()
         self.config, self.D = c, c.n_embd // c.n_head
         kv_heads = c.n_kv_head or c.n_head
         assert c.n_embd % c.n_head == 0 and c.n_head % kv_heads == 0, f"doesn't divide: {c}"
-        self.sizes = [c.n_embd, kv_heads * self.D, kv_heads * self.D]
+        assert c.pos == "learned" or self.D % 2 == 0, f"rope turns pairs, but D is {self.D}"
+        self.sizes = [c.n_embd, kv_heads * self.D, kv_heads * self.D]  # of q, k and v
         self.c_attn = nn.Linear(c.n_embd, sum(self.sizes), bias=c.bias)  # q, k and v in one product
         self.c_proj = nn.Linear(c.n_embd, c.n_embd, bias=c.bias)
 
@@ -199,21 +203,23 @@ class CausalSelfAttention(nn.Module):
         if self.config.pos == "rope":
             q, k = rotate(q, start), rotate(k, start)
         if cache is not None:  # (2, B, H_kv, block_size, D)
-            assert start == 0 or T == 1, "behind a filled cache, one token at a time"
+            assert start == 0 or T == 1, "behind a cache that isn't empty, one token at a time"
             cache[:, :, :, start:start + T] = torch.stack((k, v))
             k, v = cache[:, :, :, :start + T].unbind(0)  # (B, H_kv, start + T, D)
-        # Torch's kernel never writes the T x T matrix to memory. is_causal shows query i keys 0..i:
-        # right for T queries and T keys, wrong for one query that sees all of them. With enable_gqa
-        # a key head serves a group of query heads [4].
+        # The fused kernel never writes the T x T matrix to memory. is_causal hides key j from query
+        # i < j, so it wants as many queries as keys. A single new token may see the whole cache.
+        # enable_gqa lets a group of query heads share a key head [4].
         dropout = self.config.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1,
                                            enable_gqa=k.size(1) < q.size(1))  # (B, H, T, D)
-        return F.dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)), dropout)
+        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        return F.dropout(y, self.config.dropout, self.training)
 
 
 def rotate(x, start):
     """Rotary positions [3]: turn each pair (x_i, x_{i + D/2}) of x (B, H, T, D) by an angle
-    proportional to the position. Of positions, q . k then depends on their distance alone."""
+    proportional to the position, so that q . k depends on positions through their difference only.
+    [3] pairs neighbours; halves, as in Hugging Face's Llama, are the same up to the order."""
     T, D = x.shape[-2:]
     frequency = 10000.0 ** (-torch.arange(0, D, 2, device=x.device) / D)  # (D / 2,), [3] eq. 15
     angle = torch.arange(start, start + T, device=x.device)[:, None] * frequency  # (T, D / 2)
@@ -223,7 +229,7 @@ def rotate(x, start):
 
 
 class MLP(nn.Module):
-    """Four times wider and back, each token alone. GPT-2's GELU is the tanh approximation."""
+    """Each token alone: expand to 4 C, GELU (in GPT-2 its tanh approximation), project back."""
 
     def __init__(self, c):
         super().__init__()
@@ -251,23 +257,24 @@ def sample_token(logits, temperature, top_k, top_p, generator):
     return choice if ids is None else ids.gather(-1, choice)
 
 
-# ---- Official weights. Four of them Hugging Face stores transposed: x w where Linear has x w^T.
+# ---- Official weights. Hugging Face stores these four of each block transposed, for x w, not x w^T
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-SKIPPED = (".attn.bias", ".attn.masked_bias", "lm_head.weight", "__metadata__")  # masks, wte
+SKIPPED = (".attn.bias", ".attn.masked_bias", "lm_head.weight", "__metadata__")  # masks; it's tied
 DTYPES = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)
 
 
 def load_safetensors(path):
     """GPTConfig's arguments and the state dict. The file: 8 bytes with the length of a header, the
     header, JSON with each tensor's dtype, shape and place, and the data."""
-    raw, state = np.memmap(path, np.uint8, mode="c"), {}
+    raw, state = np.memmap(path, np.uint8, mode="c"), {}  # c: read from disk as needed
     start = 8 + int.from_bytes(raw[:8].tobytes(), "little")
     for name, entry in json.loads(raw[8:start].tobytes()).items():
         if not name.endswith(SKIPPED):
             begin, end = entry["data_offsets"]
             assert start + end <= len(raw), f"{path} is cut short: delete it and download it again"
             w = torch.from_numpy(raw[start + begin:start + end]).view(DTYPES[entry["dtype"]])
-            w, name = w.view(entry["shape"]), "transformer." + name.split("transformer.")[-1]
+            w = w.view(entry["shape"])
+            name = "transformer." + name.split("transformer.")[-1]  # some files leave it out
             state[name] = w.t() if name.endswith(CONV1D) else w
     wte, wpe = state["transformer.wte.weight"], state["transformer.wpe.weight"]
     state["lm_head.weight"] = wte
@@ -288,8 +295,8 @@ def download(url, path, sha256=None):
 
 # ---- Optimisers: w a parameter, g its gradient, m the momentum, lr the rate, wd the weight decay
 
-def parameters(optimizer, *buffers):
-    """(w, g, group, buffer, ...) of each w that has a gradient. Its buffers begin as zeros."""
+def each_parameter(optimizer, *buffers):
+    """Yield (w, g, group, *buffers) for each w that has a gradient; buffers begin as zeros."""
     for group in optimizer.param_groups:
         for w in (w for w in group["params"] if w.grad is not None):
             state = optimizer.state[w]
@@ -300,14 +307,14 @@ def parameters(optimizer, *buffers):
 
 
 class Lion(torch.optim.Optimizer):
-    """Lion [7]: each weight moves by lr, against the sign of a momentum."""
+    """Lion [7]: each weight moves by lr, against the sign of a mix of momentum and gradient."""
 
     def __init__(self, params, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0):
         super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay))
 
     @torch.no_grad()
     def step(self):
-        for w, g, group, m in parameters(self, "momentum"):
+        for w, g, group, m in each_parameter(self, "momentum"):
             beta1, beta2 = group["betas"]
             w.mul_(1 - group["lr"] * group["weight_decay"])
             # w <- w - lr sign(beta1 m + (1 - beta1) g), [7] Alg. 2
@@ -316,24 +323,24 @@ class Lion(torch.optim.Optimizer):
 
 
 class SophiaG(torch.optim.Optimizer):
-    """Sophia-G [8]: momentum over an estimate h of the Hessian's diagonal, clipped to +-1. Call
+    """Sophia-G [8]: momentum over an estimate h of the Hessian's diagonal, clipped to [-1, 1]. Call
     update_hessian before the first step and then every ten steps or so. rho is [8]'s gamma."""
 
     def __init__(self, params, lr=1e-3, betas=(0.965, 0.99), rho=0.04, weight_decay=0.0):
         super().__init__(params, dict(lr=lr, betas=betas, rho=rho, weight_decay=weight_decay))
 
     def update_hessian(self, logits):
-        """h <- beta2 h + (1 - beta2) B g^2 ([8] Alg. 2, 3), where g is the gradient of the loss of
-        logits (B, V) if the labels are drawn from the logits themselves."""
-        labels = torch.multinomial(logits.detach().softmax(dim=-1), 1).squeeze(1)  # (B,)
+        """h <- beta2 h + (1 - beta2) N g^2 ([8] Alg. 2, 3). g is the gradient of the mean loss of
+        logits (N, V) on labels that are sampled from the logits themselves."""
+        labels = torch.multinomial(logits.detach().softmax(dim=-1), 1).squeeze(1)  # (N,)
         F.cross_entropy(logits, labels).backward()
-        for _, g, group, h in parameters(self, "hessian"):
-            h.lerp_(len(logits) * g.square(), 1 - group["betas"][1])
+        for _, g, group, h in each_parameter(self, "hessian"):
+            h.lerp_(WORLD * len(logits) * g.square(), 1 - group["betas"][1])
         self.zero_grad()
 
     @torch.no_grad()
     def step(self):
-        for w, g, group, m, h in parameters(self, "momentum", "hessian"):
+        for w, g, group, m, h in each_parameter(self, "momentum", "hessian"):
             m.lerp_(g, 1 - group["betas"][0])
             w.mul_(1 - group["lr"] * group["weight_decay"])
             # w <- w - lr clip(m / max(rho h, eps), 1), [8] Alg. 3
@@ -342,7 +349,7 @@ class SophiaG(torch.optim.Optimizer):
 
 class Muon(torch.optim.Optimizer):
     """Muon [9]: momentum, made orthogonal, so that rare directions move as far as common ones. For
-    the matrices of hidden layers. split=[rows, ...] in a group: a fused qkv is three matrices."""
+    the matrices of hidden layers. A group's split=[rows, ...] makes three of a fused qkv."""
 
     def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0, split=None):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay,
@@ -353,9 +360,9 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        for w, g, group, m in parameters(self, "momentum"):
+        for w, g, group, m in each_parameter(self, "momentum"):
             m.lerp_(g, 1 - group["momentum"])  # m <- mu m + (1 - mu) g
-            update = g.lerp(m, group["momentum"])  # Nesterov: mu m + (1 - mu) g once more
+            update = g.lerp(m, group["momentum"])  # Nesterov: the same average once again
             w.mul_(1 - group["lr"] * group["weight_decay"])
             rows = group["split"] or len(w)
             for part, u in zip(w.split(rows), update.split(rows), strict=True):
@@ -364,22 +371,21 @@ class Muon(torch.optim.Optimizer):
 
 
 def newton_schulz(g, steps=5):
-    """About U V^T of g = U S V^T: singular values end between .68 and 1.21 [9]. Each step acts on
-    every singular value s alone: s <- a s + b s^3 + c s^5."""
+    """About U V^T of g = U S V^T. A step does s <- a s + b s^3 + c s^5 to every singular value s.
+    Those above .002 of g's norm end between .68 and 1.21 [9], smaller ones below."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = g.bfloat16() if g.is_cuda else g.float()
     if g.size(0) > g.size(1):
         x = x.mT  # so that x x^T is the smaller square
     x = x / (x.norm() + 1e-7)  # no singular value above 1
     for _ in range(steps):
-        A = x @ x.mT
-        B = b * A + c * A @ A
-        x = a * x + B @ x
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
     return (x.mT if g.size(0) > g.size(1) else x).type_as(g)
 
 
 def make_optimizers(model, c):
-    """Optimizers that together have every parameter once. Only matrices decay."""
+    """One or two optimizers that have every parameter once. Matrices decay, vectors don't."""
     hidden, matrices, vectors = [], [], []
     for name, p in model.named_parameters():
         if c.optimizer == "muon" and ".h." in name and p.dim() == 2:
@@ -390,8 +396,8 @@ def make_optimizers(model, c):
     groups = [dict(params=matrices, weight_decay=c.weight_decay), dict(params=vectors)]
     if c.optimizer in ("lion", "sophia"):
         return [(Lion if c.optimizer == "lion" else SophiaG)(groups, lr=c.lr)]
-    # AdamW [6]: w <- w - lr (m / (sqrt(v) + eps) + wd w). Adam [5] has L2, g <- g + wd w, which
-    # sqrt(v) divides like any gradient.
+    # AdamW [6]: w <- w - lr (m / (sqrt(v) + eps) + wd w), m and v rid of their bias. In Adam [5]
+    # decay is L2, g <- g + wd w, which sqrt(v) divides like any gradient.
     kind = torch.optim.Adam if c.optimizer == "adam" else torch.optim.AdamW
     lr = c.adam_lr if c.optimizer == "muon" else c.lr
     adam = kind(groups, lr, (0.9, c.beta2), weight_decay=0.0, fused=True)
@@ -402,12 +408,12 @@ def learning_rate(step, peak, warmup, steps):
     """Linear warm-up to peak, then half a cosine down to 0 (arXiv 1608.03983 eq. 5)."""
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
-    progress = (step - warmup) / max(1, steps - warmup)
+    progress = min(1, (step - warmup) / max(1, steps - warmup))
     return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-# ---- Data: an array (2, n) of token ids, and of labels, which are to be predicted from the ids
-# before them. A label is the id again, or -100 where nothing is to be learnt.
+# ---- Data: an array (2, n), token ids and their labels. A label is the id again, or -100 where
+# there is no loss, as in prompts. get_batch shifts them: a token's target is the label behind it.
 TEMPLATE = "### Instruction:\n{}\n\n### Response:\n"
 
 
@@ -433,15 +439,20 @@ def load_data(c, tokenizer):
         files = [download(url + "input.txt", path, "86c4e6aa9db7c042")]
     else:
         files = [f for f in [path, *path.rglob("*")] if f.is_file()]
-    for suffix in (".bin", ".jsonl"):  # in a mixed folder these are the data
+    for suffix in (".bin", ".jsonl"):  # a folder that has some: only those
         files = [f for f in files if f.suffix.lower() == suffix] or files
     val_files = [f for f in files if f.name.startswith("val") and f != path]
     parts = [load_file(f, tokenizer) for f in sorted({*files} - {*val_files})]
-    data = np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]  # one stays on disk
-    if val_files:
-        return data, np.concatenate([load_file(f, tokenizer) for f in sorted(val_files)], axis=1)
+    if not parts:
+        raise FileNotFoundError(f"--data {c.data}: there is nothing to train on")
+    data = np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]  # a single .bin: on disk
     cut = 0 if c.eval_only else round(0.9 * data.shape[1])
-    return data[:, :cut], data[:, cut:]
+    train, val = data[:, :cut], data[:, cut:]
+    if val_files:
+        train, val = data, np.concatenate([load_file(f, tokenizer) for f in val_files], axis=1)
+    if min(val.shape[1], train.shape[1] if cut else math.inf) <= c.block_size:
+        raise ValueError(f"--data {c.data} has too few tokens for --block_size {c.block_size}")
+    return train, val
 
 
 def load_file(path, tokenizer):
@@ -456,15 +467,16 @@ def load_file(path, tokenizer):
             raise ValueError(f"{path} doesn't hold ids of 16 bits, at most {tokenizer.stop}")
     else:
         ids = [*tokenizer.encode(path.read_text(encoding="utf-8")), tokenizer.stop]
-    return np.broadcast_to(np.asarray(ids, np.uint16), (2, len(ids)))
+    return np.broadcast_to(np.asarray(ids, np.uint16), (2, len(ids)))  # labels are ids: no copy
 
 
 def load_row(row, tokenizer):
-    """{"messages": [{"role", "content"}, ...]}, {"prompt", "response"} or {"instruction", "input",
-    "output"} as ids and labels: the loss is on the answer alone."""
-    if "messages" in row:  # a chat: its last question and answer
-        turns = {turn["role"]: turn["content"] for turn in row["messages"]}
-        row = dict(prompt=turns["user"], response=turns["assistant"])
+    """Encode a row, with the loss on the answer alone: {"messages": [{"role", "content"}, ...]},
+    {"prompt", "response"} or {"instruction", "input", "output"}."""
+    if "messages" in row:  # a chat: its last answer, and what it answers
+        turns = row["messages"]
+        last = max(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
+        row = dict(prompt=turns[last - 1]["content"], response=turns[last]["content"])
     prompt = row["prompt"] if "prompt" in row else row["instruction"]
     if row.get("input"):
         prompt += "\n\n### Input:\n" + row["input"]
@@ -475,7 +487,7 @@ def load_row(row, tokenizer):
 
 
 def get_batch(data, starts, T, device):
-    """x (B, T) and the label after each token, y (B, T), of windows that begin at starts."""
+    """Inputs x (B, T) and targets y (B, T) in windows that begin at starts."""
     batch = np.stack([data[:, i:i + T + 1] for i in starts]).astype(np.int64)  # (B, 2, T + 1)
     batch = torch.from_numpy(batch).to(device)
     return batch[:, 0, :-1], batch[:, 1, 1:]
@@ -486,26 +498,28 @@ def get_batch(data, starts, T, device):
 @torch.no_grad()
 def evaluate(model, data, tokenizer, c, autocast):
     """Mean loss in nats per token, and bits per byte, over windows that don't overlap."""
-    T, device, nats, ids = c.block_size, model.lm_head.weight.device, 0.0, []
+    T, device = c.block_size, model.lm_head.weight.device
     starts = range(0, data.shape[1] - T, T)
-    starts = starts[::max(1, len(starts) * T // c.eval_tokens)]
+    if not c.eval_only:  # every k-th window, about eval_tokens in all
+        starts = starts[::max(1, len(starts) * T // c.eval_tokens)]
+    nats, targets = 0.0, []
     for i in range(0, len(starts), c.batch_size):
         x, y = get_batch(data, starts[i:i + c.batch_size], T, device)
         with autocast:
             loss = model(x, y)[1].item()
         nats += loss * (y >= 0).sum().item()
-        ids += y[y >= 0].tolist()
-    bits = nats / math.log(2)
-    return dict(val_loss=nats / len(ids), bits_per_byte=bits / max(1, len(tokenizer.decode(ids))))
+        targets += y[y >= 0].tolist()
+    num_bytes = max(1, len(tokenizer.decode(targets)))
+    return dict(val_loss=nats / max(1, len(targets)), bits_per_byte=nats / math.log(2) / num_bytes)
 
 
 def sample(model, tokenizer, c):
     """The prompt and its continuation, as text."""
     device = model.lm_head.weight.device
-    prompt = TEMPLATE.format(c.prompt) if c.instruct else c.prompt
-    idx = model.generate(torch.tensor([tokenizer.encode(prompt)], device=device), c.sample_tokens,
-                         c.temperature, c.top_k, c.top_p, tokenizer.stop,
-                         torch.Generator(device).manual_seed(c.seed))
+    ids = tokenizer.encode(TEMPLATE.format(c.prompt) if c.instruct else c.prompt)
+    idx = torch.tensor([ids or [tokenizer.stop]], device=device)  # (1, T)
+    idx = model.generate(idx, c.sample_tokens, c.temperature, c.top_k, c.top_p, stop=tokenizer.stop,
+                         generator=torch.Generator(device).manual_seed(c.seed))
     return tokenizer.decode(idx[0].tolist()).decode("utf-8", "replace")
 
 
@@ -513,16 +527,18 @@ def sample(model, tokenizer, c):
 LEARNING_RATES = dict(muon=0.03, adamw=0.008, adam=0.016, lion=0.001, sophia=0.001)
 CHOICES = dict(tokenizer=("bytes", "gpt2"), pos=("learned", "rope"), optimizer=[*LEARNING_RATES],
                dtype=("auto", "float32", "bfloat16"))
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
+SHAPE = ("n_layer", "n_head", "n_kv_head", "n_embd", "pos")
+# set by torchrun
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 @dataclasses.dataclass
 class Config:
-    data: str = "python"  # its standard library, shakespeare, a file or a folder: see load_data
+    data: str = "python"  # modules of its standard library; shakespeare; a file or folder
     data_dir: str = "data"  # where downloads land
     out: str = "out/gpt2"
     tokenizer: str = "bytes"
-    init: str = ""  # start from gpt2, ..., gpt2-xl or a path, which bring their shape and tokenizer
+    init: str = ""  # gpt2, ..., gpt2-xl or a path: its shape and tokenizer override the flags
     n_layer: int = 3
     n_head: int = 3
     n_kv_head: int = 0  # 0: n_head
@@ -531,8 +547,8 @@ class Config:
     pos: str = "rope"
     dropout: float = 0.0
     optimizer: str = "muon"
-    lr: float = 0.03  # default with other optimizers: LEARNING_RATES; with --init: 3e-5 for adamw
-    adam_lr: float = 0.006  # of what muon leaves to AdamW: embeddings, biases, norms
+    lr: float = 0.03  # peak; LEARNING_RATES has the default of each optimizer; with --init 3e-5
+    adam_lr: float = 0.006  # with muon: AdamW's rate for embeddings, biases and norms
     warmup: int = 100  # steps
     weight_decay: float = 0.1
     beta2: float = 0.99  # of Adam; 0.95 for batches of half a million tokens
@@ -541,16 +557,16 @@ class Config:
     grad_accum: int = 1  # micro-batches in a step, on each rank
     steps: int = 1800
     eval_every: int = 300  # steps between evaluations, each with a checkpoint and a sample
-    eval_tokens: int = 131072  # about so many validation tokens are read
+    eval_tokens: int = 131072  # validation tokens in an evaluation, roughly
     log_every: int = 10
     seed: int = 1337
-    resume: bool = False  # go on from ckpt.pt in --out
+    resume: bool = False  # go on from ckpt.pt in --out; repeat the run's other flags
     device: str = "auto"
     dtype: str = "auto"
     compile: bool = False
     wandb: bool = False
-    eval_only: bool = False  # the loss on all of --data; like samples, from --init or best.pt
-    sample_only: bool = False
+    eval_only: bool = False  # the loss on all of --data, of --init or else of best.pt in --out
+    sample_only: bool = False  # likewise
     prompt: str = "\n"
     instruct: bool = False  # the prompt is an instruction, as in .jsonl
     sample_tokens: int = 256
@@ -575,6 +591,8 @@ def load_model(c):
     if c.init:
         model = GPT.from_pretrained(c.init, c.data_dir)
         model.config.dropout = c.dropout
+        vars(c).update({k: v for k, v in vars(model.config).items() if k in SHAPE})
+        c.block_size = min(c.block_size, model.config.block_size)
     else:
         vocab_size = 257 if c.tokenizer == "bytes" else 50257
         model = GPT(GPTConfig(c.block_size, vocab_size, c.n_layer, c.n_head, c.n_embd, c.n_kv_head,
@@ -582,10 +600,20 @@ def load_model(c):
     return model, make_tokenizer("bytes" if model.config.vocab_size == 257 else "gpt2")
 
 
+def start_log(c, step):
+    """Write config.json, and leave in log.jsonl what came before the step."""
+    path = Path(c.out) / "log.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if step else []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_name("config.json").write_text(json.dumps(dataclasses.asdict(c), indent=2))
+    rows = [row for row in rows if row["step"] <= step and "final" not in row]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def log(c, **row):
     """Print a row and append it to log.jsonl."""
     if RANK == 0:
-        print(" | ".join(f"{name} {value:.5g}" for name, value in row.items()), flush=True)
+        print(" | ".join(f"{name} {value:.6g}" for name, value in row.items()), flush=True)
         with open(f"{c.out}/log.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
         if c.wandb:
@@ -602,12 +630,12 @@ def save(path, state):
 
 
 def training_step(model, optimizers, data, c, step, device, autocast):
-    """One update of the parameters; returns the mean loss. Batches and dropout are functions of
-    (seed, step), and N ranks read what one rank would with N times the accumulation."""
+    """One update of the parameters; returns the mean loss of this rank. Batches and dropout are
+    functions of (seed, step). N ranks read what one rank would with N times the accumulation."""
     torch.manual_seed(c.seed * 1_000_003 + step * WORLD + RANK)  # dropout, Sophia
     starts = np.random.default_rng((c.seed, step)).integers(
         data.shape[1] - c.block_size, size=(c.grad_accum, WORLD, c.batch_size))[:, RANK]
-    batches = [get_batch(data, i, c.block_size, device) for i in starts]
+    batches = [get_batch(data, row, c.block_size, device) for row in starts]
     if c.optimizer == "sophia" and step % 10 == 0:
         x, y = batches[0]
         with autocast:
@@ -620,8 +648,10 @@ def training_step(model, optimizers, data, c, step, device, autocast):
     for i, (x, y) in enumerate(batches):
         if WORLD > 1:  # exchange gradients at the last micro-batch only
             model.require_backward_grad_sync = i == c.grad_accum - 1
-        with autocast:  # a sum, divided once by all tokens of the step
-            loss = model(x, y)[1] * (y >= 0).sum() / tokens * WORLD  # DDP takes the mean over ranks
+        # Each target of the whole step counts the same. Times WORLD: DDP takes the mean over ranks.
+        weight = (y >= 0).sum() / tokens.clamp(min=1) * WORLD
+        with autocast:
+            loss = model(x, y)[1] * weight
         loss.backward()
         total += loss.item()
     nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip)
@@ -634,7 +664,7 @@ def training_step(model, optimizers, data, c, step, device, autocast):
 
 
 def train(c):
-    """Train as c says. With torchrun, ranks share each step's work and the first writes files."""
+    """Train as c says, or sample or evaluate only. Of several ranks the first writes files."""
     device, dtype = pick_device(c.device, c.dtype)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     if device.type == "cuda":
@@ -642,33 +672,35 @@ def train(c):
     if WORLD > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.manual_seed(c.seed)
-    raw, tokenizer = load_model(c)
+    raw, tokenizer = load_model(c)  # raw: what is sampled and saved, neither compiled nor wrapped
     if c.sample_only:
-        return print(sample(raw.eval().to(device, dtype), tokenizer, c))
+        print(sample(raw.to(device, dtype), tokenizer, c))
+        return
     data, val_data = load_data(c, tokenizer)
     optimizers = make_optimizers(raw.to(device), c)
     if c.eval_only:
-        return print(evaluate(raw.eval(), val_data, tokenizer, c, autocast))
-    out, rows, step, best, seconds = Path(c.out), [], 0, math.inf, 0.0
+        print(evaluate(raw, val_data, tokenizer, c, autocast))
+        return
+    out, step, best, seconds = Path(c.out), 0, math.inf, 0.0
     if c.resume:
         saved = torch.load(out / "ckpt.pt", map_location=device, weights_only=True)
-        step, best, seconds = saved["step"], saved["best"], saved["seconds"]
+        for name in ("data", "tokenizer", "optimizer", "block_size", *SHAPE):
+            if saved["config"][name] != getattr(c, name):
+                sys.exit(f"{out}/ckpt.pt was made with --{name} {saved['config'][name]}")
         raw.load_state_dict(saved["model"])
         for optimizer, state in zip(optimizers, saved["optimizer"], strict=True):
             optimizer.load_state_dict(state)
-        if step >= c.steps:
-            sys.exit(f"--steps {c.steps}, but {out}/ckpt.pt is at step {step}")
-        rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        step, best, seconds = saved["step"], saved["best"], saved["seconds"]
+    if step >= c.steps:
+        sys.exit(f"--steps {c.steps}, but the run is at step {step}")
     if RANK == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(vars(c), indent=2))
-        rows = [row for row in rows if row["step"] <= step and "final" not in row]
+        start_log(c, step)
         print(f"{sum(p.numel() for p in raw.parameters()):,} parameters on {device} in {dtype}")
-        (out / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     model = torch.compile(raw) if c.compile else raw
     if WORLD > 1:
         model = nn.parallel.DistributedDataParallel(model)
 
+    model.train()
     while step < c.steps:
         started = time.perf_counter()
         loss = training_step(model, optimizers, data, c, step, device, autocast)

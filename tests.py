@@ -34,6 +34,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 HERE = Path(__file__).resolve().parent
@@ -148,10 +149,11 @@ class Case(unittest.TestCase):
 # --------------------------------------------------------------------------------------------------
 # the house: what holds for every script
 
-SCRIPTS = ["gpt2"]  # the rewritten ones; tests of the others are in .ci/old_tests.py
+SCRIPTS = ["gpt2", "puzzles"]  # the rewritten ones; tests of the others are in .ci/old_tests.py
 TRAIN = dict(gpt2=[], flash_attn=[], puzzles=["train"])  # what comes before the flags of a run
 SHORT = dict(  # flags that make an otherwise default run take seconds
     gpt2=["--steps", 3, "--eval_tokens", 4096, "--sample_tokens", 8],
+    puzzles=["--steps", 3],
 )
 
 
@@ -295,9 +297,13 @@ class TestHouse(Case):
                 with self.subTest(command=" ".join(words)):
                     if words[0] == "torchrun" or any(elsewhere.search(flag) for flag in flags):
                         importlib.import_module(script).make_parser().parse_args(flags)
-                    else:
-                        run(script, *flags, *SHORT[script])
-                        done.add(script)
+                        continue
+                    trains = script != "puzzles" or flags[0] == "train"
+                    try:
+                        run(script, *flags, *(SHORT[script] if trains else []))
+                    except SystemExit:
+                        self.assertEqual(flags[0], "check")  # nothing is answered yet
+                    done.add(script)
         self.assertEqual(done, {*SCRIPTS}, "scripts of which no command could be run")
 
 
@@ -439,7 +445,8 @@ class TestGPT2(Case):
                 self.close(last, slow[:, -1:], 5e-5)
 
     def test_refused_shapes(self):
-        for wrong in (dict(n_embd=30), dict(n_kv_head=3), dict(n_kv_head=8)):
+        wrongs = dict(n_embd=30), dict(n_kv_head=3), dict(pos="none"), dict(n_embd=12, pos="rope")
+        for wrong in wrongs:
             self.assertRaises((ValueError, AssertionError), self.model, **wrong)
         self.assertRaises(ValueError, self.model(), torch.zeros(1, 17, dtype=torch.long))
         cache = torch.zeros(2, 2, 1, 4, 16, 8)
@@ -670,7 +677,7 @@ class TestGPT2(Case):
     # data
 
     def load(self, path, **flags):
-        c = self.gpt2.Config(data=str(path), **flags)
+        c = self.gpt2.Config(data=str(path), block_size=16, **flags)
         return self.gpt2.load_data(c, self.gpt2.make_tokenizer(flags.get("tokenizer", "bytes")))
 
     def test_text(self):
@@ -706,7 +713,8 @@ class TestGPT2(Case):
     def test_jsonl(self):
         """All three kinds of rows; a byte-order mark, blank lines, capitals, other files beside."""
         chat = [dict(role="user", content="no"), dict(role="assistant", content="no"),
-                dict(role="user", content="Q"), dict(role="assistant", content="A")]
+                dict(role="user", content="Q"), dict(role="assistant", content="A"),
+                dict(role="user", content="not answered")]
         examples = [dict(messages=chat), dict(prompt="Q", response="A"),
                     dict(instruction="Q", output="A"), dict(instruction="Q", input="", output="A")]
         lines = "\n\n".join(json.dumps(row) for row in examples) + "\n"
@@ -720,6 +728,11 @@ class TestGPT2(Case):
         ids, _ = self.gpt2.load_row(row, self.gpt2.make_tokenizer("bytes"))
         wanted = "### Instruction:\nQ\n\n### Input:\nI\n\n### Response:\n"
         self.assertEqual(bytes(ids[:-1].tolist()).decode(), wanted)
+
+    def test_unusable_data(self):
+        (self.dir / "few.txt").write_text("short")
+        for path in (self.dir / "few.txt", self.dir / "nowhere"):
+            self.assertIn(f"--data {path}", refused("gpt2", *self.tiny, "--data", path))
 
     def test_gpt2_tokenizer(self):
         try:
@@ -749,7 +762,9 @@ class TestGPT2(Case):
         run("gpt2", *self.tiny)
         for steps in (10, 20):
             said = refused("gpt2", *self.tiny, "--resume", "--steps", steps)
-            self.assertRegex(said, f"--steps {steps}, but .* is at step 20")
+            self.assertEqual(said, f"--steps {steps}, but the run is at step 20")
+        said = refused("gpt2", *self.tiny, "--resume", "--n_embd", 48)
+        self.assertRegex(said, "ckpt.pt was made with --n_embd 32$")
         run("gpt2", *self.tiny, "--resume", "--steps", 30)
         log = rows(self.dir / "out")
         self.assertEqual([row["step"] for row in log if "final" in row], [30])
@@ -757,7 +772,8 @@ class TestGPT2(Case):
         self.assertAlmostEqual(lr[25], self.gpt2.learning_rate(24, 0.03, 2, 30))
 
     def test_answers_weigh_the_same(self):
-        """One step on rows whose answers differ in length: 4 x 1 and 1 x 4 have one gradient."""
+        """One step on rows whose answers differ in length: 4 x 1 and 1 x 4 have one gradient.
+        A step without any answer has loss 0, and gradients 0."""
         data = np.random.default_rng(0).integers(50, size=(2, 400))
         data[1, :350] = np.where(np.arange(350) % 50 < 45, -100, data[1, :350])
         c, weights = self.gpt2.Config(block_size=16, batch_size=4, lr=0.0), []
@@ -769,6 +785,10 @@ class TestGPT2(Case):
         for other in weights[1:]:
             for a, b in zip(weights[0], other, strict=True):
                 self.close(a, b, 1e-5)
+        data[1] = -100
+        model = self.model()
+        loss = self.gpt2.training_step(model, [], data, c, 0, "cpu", contextlib.nullcontext())
+        self.assertEqual((loss, model.lm_head.weight.grad.abs().max().item()), (0, 0))
 
     def test_torchrun(self):
         """Two ranks are one rank with twice the accumulation."""
@@ -804,6 +824,311 @@ class TestGPT2(Case):
             losses.append(rows(self.dir / "out")[-1]["val_loss"])
             self.assertIn("transformer.wte.weight", load(self.dir / "out/ckpt.pt")["model"])
         self.assertLess(max(losses) - min(losses), 0.02)
+
+
+# --------------------------------------------------------------------------------------------------
+# puzzles.py
+
+class TestPuzzles(Case):
+    @classmethod
+    def setUpClass(cls):
+        cls.puzzles = importlib.import_module("puzzles")
+        cls.all = cls.puzzles.PUZZLES
+
+    def answer(self, **lines):
+        """Write my_puzzles.py with these answers, each the text behind return."""
+        text = [f"def {name}({', '.join(self.all[name].params)}):\n    return {line}\n"
+                for name, line in lines.items()]
+        (self.dir / "my_puzzles.py").write_text("".join(text), encoding="utf-8")
+
+    def do(self, *argv):
+        """(exit status, stdout and stderr) of a command in the test's folder."""
+        out, status = io.StringIO(), 0
+        with folder(self.dir), contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+            try:
+                self.puzzles.main([str(word) for word in argv])
+            except SystemExit as end:
+                status = end.code
+        return status, out.getvalue()
+
+    def verdict(self, name, line):
+        """None if the line is right, else what the checker says; in this process."""
+        p = self.all[name]
+        torch.set_default_dtype(torch.double if p.family == 3 else torch.float32)
+        try:
+            fault = self.puzzles.broken_rule(p, line)
+            return fault or self.puzzles.examine(p, p.function(line))
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    def test_signatures(self):
+        """The contract's 21 names, in their order and with their arguments."""
+        wanted = """ones(i) sum(a) outer(a, b) diag(a) eye(j) triu(j) cumsum(a) diff(a, i)
+            vstack(a, b) roll(a, i) flip(a, i) compress(g, v, i) pad_to(a, i, j)
+            sequence_mask(values, length) bincount(a, j) scatter_add(values, link, j)
+            flatten(a, i, j) linspace(i, j, n) heaviside(a, b) repeat(a, d)
+            bucketize(v, boundaries)"""
+        got = [f"{p.name}({', '.join(p.params)})" for p in self.all.values() if p.family == 1]
+        self.assertEqual(" ".join(got), " ".join(wanted.split()))
+        self.assertEqual(len(self.all), 64)
+        for p in self.all.values():
+            self.assertIs(getattr(self.puzzles, p.name), p.solve)
+            self.assertIn(p.statement, p.solve.__doc__)
+
+    def test_solutions(self):
+        """The first two families against torch, and against loops where the spec is in torch."""
+        by_torch = dict(
+            cumsum=lambda a: a.cumsum(0), roll=lambda a, i: a.roll(-1), heaviside=torch.heaviside,
+            diff=lambda a, i: torch.diff(a, prepend=torch.zeros(1).long()),
+            compress=lambda g, v, i: F.pad(v[g], (0, i - len(v[g]))),
+            pad_to=lambda a, i, j: F.pad(a, (0, j - i)),
+            scatter_add=lambda v, link, j: torch.zeros(j).long().index_add(0, link, v),
+            linspace=lambda i, j, n: torch.linspace(i.item(), j.item(), n),
+            bucketize=lambda v, b: torch.bucketize(v, b, right=True))
+        by_loop = dict(
+            causal_mask=lambda i, j: [[c - (j - i) <= r for c in range(j)] for r in range(i)],
+            window_mask=lambda i, w: [[0 <= r - c < w for c in range(i)] for r in range(i)],
+            tiles=lambda x, h, w, P: [[[row[b * P:b * P + P] for row in x.tolist()[a * P:a * P + P]]
+                                       for b in range(w)] for a in range(h)],
+            patchify=lambda x, h, w, P: [x[a:a + P, b:b + P].flatten().tolist()
+                                         for a in range(0, h * P, P) for b in range(0, w * P, P)],
+            upsample=lambda a, P: np.kron(a.numpy(), np.ones((P, P), int)).tolist(),
+            split_heads=lambda x, H, D: [[[token[h * D:h * D + D] for token in tokens]
+                                          for h in range(H)] for tokens in x.tolist()],
+            expand_kv=lambda k, H: [head for head in k.tolist() for _ in range(H // len(k))],
+            ids_restore=lambda ids: [ids.tolist().index(k) for k in range(len(ids))],
+            rotate_half=lambda x, D: [[-n for n in row[D // 2:]] + row[:D // 2]
+                                      for row in x.tolist()])
+        by_loop = {name: lambda *args, loop=loop: torch.tensor(loop(*args))
+                   for name, loop in by_loop.items()}
+        for name, definition in {**by_torch, **by_loop}.items():
+            p = self.all[name]
+            for case in self.puzzles.cases(p)[::7]:
+                args = self.puzzles.draw_inputs(p, *case)
+                got, want = p.solve(*args), definition(*args)
+                self.assertEqual((got.shape, got.dtype), (want.shape, want.dtype), name)
+                self.close(got.double() + 9, want.double() + 9, 1e-6, name)
+        x, angle = torch.randn(2, 6, 12), torch.rand(6, 6)
+        self.same(self.puzzles.merge_heads(self.puzzles.split_heads(x, 3, 4), 3, 4), x)
+        self.same(self.puzzles.unpatchify(self.puzzles.patchify(x[0], 3, 6, 2), 3, 6, 2), x[0])
+        z = torch.complex(x[0, :, :6], x[0, :, 6:]) * torch.polar(torch.ones(6, 6), angle)
+        got = self.puzzles.rope(x[0], angle.cos().repeat(1, 2), angle.sin().repeat(1, 2), 12)
+        self.close(got, torch.cat((z.real, z.imag), 1), 1e-6)
+
+    def test_online_softmax(self):
+        """Block by block it gives attention, with scores near 1000 too."""
+        s, v = torch.randn(5, 12).double() * 300, torch.randn(12, 4).double()
+        v1 = torch.cat((v, torch.ones(12, 1)), 1)  # the last column sums up the denominator
+        m, o = torch.full((5, 1), -1e9).double(), torch.zeros(5, 5).double()
+        for i in range(0, 12, 3):
+            m, o = self.puzzles.online_softmax(m, o, s[:, i:i + 3], v1[i:i + 3])
+        self.close(o[:, :4] / o[:, 4:], s.softmax(1) @ v, 1e-12)
+
+    def test_network(self):
+        """Loss and gradients of the trained network against autograd in fp64."""
+        w = {k: t.double() for k, t in self.puzzles.initial_weights(0).items()}
+        w = {k: (t + 0.1 * torch.randn_like(t)).requires_grad_() for k, t in w.items()}
+        x, y = self.puzzles.make_shapes(32, seed=5)
+        with torch.no_grad():
+            logits, kept = self.puzzles.forward(w, x.double())
+            grad = self.puzzles.backward(w, kept, logits, y)
+        z = F.gelu(x.double() @ w["w1"] + w["b1"])
+        n = F.layer_norm(z, (256,), w["gain"], w["bias"])
+        loss = F.cross_entropy(n @ w["w2"] + w["b2"], y)
+        self.close(self.puzzles.cross_entropy(logits, y), loss[None], 1e-12)
+        for name, want in zip(w, torch.autograd.grad(loss, list(w.values())), strict=True):
+            self.close(grad[name], want, 1e-9, name)
+
+    def test_selftest(self):
+        """All solutions keep the rules and pass, in under 20 seconds; a wrong one is named."""
+        for p in self.all.values():
+            cases = self.puzzles.cases(p)
+            at_least = 50 if re.fullmatch(r"\w+\(\w\) .*", p.signature) else 500  # one size alone
+            self.assertGreaterEqual(len(set(cases)), at_least, p.name)
+        self.assertEqual(self.puzzles.draw_inputs(self.all["sum"], [2], 2)[0].tolist(), [4, 4])
+        began = os.times()[:4]  # of computing, the children's too
+        status, out = self.do("selftest")
+        self.assertLess(sum(os.times()[:4]) - sum(began), 20)
+        self.assertEqual((status, out.count(": right\n")), (0, 64), out)
+        p = self.all["roll"]
+        with mock.patch.object(p, "solution", "a[(arange(i) + 2) % i]"), \
+                mock.patch.object(self.puzzles, "PUZZLES", {"roll": p}):
+            status, out = self.do("selftest")
+        self.assertEqual(status, 1)
+        self.assertRegex(out, r"\A10\. roll: case \d+ of 500\n")
+
+    def test_mutants(self):
+        """Of every puzzle: transposed, shifted, off by one, of another dtype, constant, right for
+        squares only. None passes."""
+        def sizes(args):
+            return [n for a in args for n in (a.shape if torch.is_tensor(a) else [a])]
+
+        def off(t):
+            return ~t if t.dtype == torch.bool else t + 1
+
+        mutants = dict(
+            transposed=lambda t, args: t.mT if t.dim() > 1 else t[:, None],
+            shifted=lambda t, args: t.flatten().roll(1).reshape(t.shape),
+            off_by_one=lambda t, args: off(t),
+            cut=lambda t, args: t[..., 1:],
+            dtype=lambda t, args: t.double() if t.dtype == torch.float32 else t.float(),
+            constant=lambda t, args: t * 0,
+            square=lambda t, args: t if len({*sizes(args)}) == 1 else off(t))
+        same = ["ones shifted", "sum shifted", "cross_entropy shifted", "eye transposed"]
+        for p in self.all.values():
+            for name, change in mutants.items():
+                if f"{p.name} {name}" in same or name == "square" and len(p.sizes) == 1:
+                    continue
+
+                def mutant(*args, p=p, change=change):
+                    found = tuple(change(t, args) for t in self.puzzles.outputs(p.solve(*args)))
+                    return found if len(found) > 1 else found[0]
+
+                with self.subTest(puzzle=p.name, mutant=name):
+                    self.assertIn(" wrong ", self.puzzles.examine(p, mutant) or "it passes")
+
+    def test_answers(self):
+        """Typical mistakes are wrong, and called what they are; right lines need not be ours."""
+        for name, line, says in (
+                ("outer", "a * b[:, None]", "transposed"),
+                ("triu", "where(arange(j)[:, None] < arange(j), 1, 0)", "off by one"),
+                ("triu", "arange(j)[:, None] <= arange(j)", "a comparison: where"),
+                ("eye", "~where(arange(j)[:, None] == arange(j), 1, 0)", "~ of an integer"),
+                ("sum", "(ones(a.shape[0]) @ a[:, None])[0]", "an axis"),
+                ("sum", "a", "a length is off by one"), ("roll", "a", "shifted to the right"),
+                ("ones", "i", "no tensor but int"), ("positives", "0 * arange(2 * n)", "same"),
+                ("linspace", "i + (j - i) * arange(n) // (n - 1 + (n == 1))", "integers, where"),
+                ("causal_mask", "1 * (arange(j) <= arange(i)[:, None] + j - i)", "itself"),
+                ("softmax", "exp(x) / rowsum(exp(x))", "not a number"),
+                ("centre", "2 * (x - rowmean(x))", "a factor of 2"),
+                ("linear_backward", "d @ w.mT, x.mT @ d", "2 outputs instead of 3"),
+                ("flatten", "a[arange(i * j) // i, arange(i * j) % i]", "can't be computed"),
+                ("rope", "x * cos - rotate_half(x, D) * sin", "case"),
+                ("online_softmax", "newmax(m, s), o + exp(s - newmax(m, s)) @ v", "case")):
+            self.assertIn(says, self.verdict(name, line) or "it passes", line)
+        for name, line in (
+                ("eye", "1 * (arange(j)[:, None] == arange(j))"), ("flip", "a[-1 - arange(i)]"),
+                ("rowsum", "x @ where(x[0] == x[0], 1.0, 0.0)[:, None]"),
+                ("rope", "x * cos + rotate_half(x * sin, D)"), ("relu_backward", "d * (x > 0)")):
+            self.assertIsNone(self.verdict(name, line), line)
+
+    def test_cheats(self):
+        """What the rules don't allow is named, and never run."""
+        for name, cheats in dict(
+                ones={"torch.ones(i)": "called", "arange(i).sum()": "called", "i(i)": "called",
+                      "(lambda: i)()": "called", "where.__globals__": "__globals__ is",
+                      "f'{i}'": "JoinedStr", "'a' * i": "'a'", "1j * i": "1j", "[1] * i": "List",
+                      "[1 for k in arange(i)]": "ListComp", "i if i else i": "IfExp",
+                      "i and i": "BoolOp", "not i": "Not", "(k := i)": "NamedExpr",
+                      "0 * len(arange(i))": "len is not", "open": "open is not",
+                      "__builtins__": "__builtins__ is", "arange(n=i)": "keyword",
+                      "0 < arange(i) < 1": "one comparison", "i in arange(i)": "In",
+                      "arange(i) << 1": "LShift", "eye(i)[0]": "eye comes later",
+                      "exp(arange(i))": "exp comes later", "ones(i)": "ones calls itself"},
+                diag={"a.T": ".T is", "a.mT": ".mT is", "a.data": ".data is"},
+                rowsum={"x.sum(1)": "called", "rowsum(x)": "rowsum calls itself"}).items():
+            for line, says in cheats.items():
+                self.answer(**{name: line})
+                with mock.patch.object(self.puzzles, "judge", side_effect=AssertionError("it ran")):
+                    status, out = self.do("check", name)
+                self.assertEqual(status, 1, line)
+                self.assertRegex(out, rf"\A\d+\. {name}: line 1: .*({says})")
+        function = self.all["sum"].function("print(a)")  # should the rules have a hole
+        self.assertRaises(NameError, function, 1)
+        self.assertEqual(set(function.__globals__), {"__builtins__", "arange", "where", "ones"})
+        self.assertEqual(function.__globals__["__builtins__"], {})
+
+    def test_form(self):
+        """One line, return and an expression, under the puzzle's own signature, once."""
+        good = "def ones(i):\n    return arange(i) * 0 + 1\n"
+        twice = "ones is defined twice, in lines [1, 3]"
+        for text, says in (
+                ("def ones(i):\n    i = 2\n    return i\n", "line 1: want def ones(i):"),
+                ("def ones(n):\n    return n\n", "want"), ("def ones(*i):\n    return i\n", "want"),
+                ("@ones\ndef ones(i):\n    return i\n", "want"), ("def ones(i): i\n", "want"),
+                ("def ones(i): return\n", "want"), ("def ones(i): yield i\n", "want"),
+                (good + good, twice), (good + "def ones(i):\n    return ...\n", twice),
+                ("def ones(i):\n    return ...\n" + good, twice),
+                (good + "def sum(a:\n", "(my_puzzles.py, line 3)"),
+                ("def summ(a):\n    return a\n", "my_puzzles.py, line 1: nothing but")):
+            (self.dir / "my_puzzles.py").write_text(text)
+            try:
+                status, out = self.do("check")
+                self.assertIn(says, out if status == 1 else status)
+            except SyntaxError as error:
+                self.assertIn(says, str(error))
+
+    def test_limits(self):
+        """What eats time or memory is stopped; others are judged all the same, with our puzzles."""
+        lines = dict(ones="arange(10 ** 12)", sum="arange(10 ** 8)", outer="10 ** 10 ** 9 % 7",
+                     diag="arange(10 ** 7)[:, None] + arange(10 ** 7)", flip="--" * 999 + "a",
+                     triu="arange(j)", cumsum="a @ triu(a.shape[0])")
+        self.answer(**lines)
+        started = time.perf_counter()
+        with mock.patch.object(self.puzzles, "SECONDS", 1), \
+                mock.patch.object(self.puzzles, "MEMORY", 300):
+            status, out = self.do("check")
+        self.assertLess(time.perf_counter() - started, 10)
+        found = dict(re.findall(r"(?ms)^\d+\. (\w+): (.*?)(?=^\d+\. |^\d of)", out))
+        self.assertEqual(list(found), list(lines))
+        for name in ("ones", "sum", "diag"):
+            self.assertRegex(found[name], "can't allocate memory|MemoryError")
+        self.assertRegex(found["outer"], "^stopped: over 1 seconds")
+        self.assertEqual([name for name in lines if found[name] == "right\n"], ["cumsum"])
+        self.assertEqual((status, torch.get_default_dtype()), (1, torch.float32))
+
+    def test_commands(self):
+        """start, show, hint, reveal and check in a new process, on a console that isn't UTF-8."""
+        def console(*argv):
+            with folder(self.dir):
+                done = child(HERE / "puzzles.py", *argv, PYTHONIOENCODING="cp1252")
+            self.assertEqual(done.stderr, "")
+            return done.returncode, done.stdout
+
+        self.assertTrue((HERE / "puzzles.py").read_text(encoding="utf-8").isascii())
+        console("start")
+        stubs = (self.dir / "my_puzzles.py").read_text()
+        self.assertEqual([node.name for node in ast.parse(stubs).body], list(self.all))
+        self.assertIn("left alone", self.do("start")[0])
+        for p in self.all.values():
+            out = self.do("show", p.name)[1]
+            self.assertTrue(p.statement in out and p.spec in out and "gives =" in out, out)
+        self.assertEqual(self.do("hint", "outer", 2)[1].splitlines(), self.all["outer"].hints)
+        self.assertEqual(self.do("reveal", "outer"), (0, "a[:, None] * b\n"))
+        self.answer(outer="a[:, None] * b", flip="\u03bb")
+        self.assertEqual(console("check", "outer")[1].splitlines()[0], "3. outer: right")
+        self.assertEqual(console("check", "flip")[0], 1)
+        for words in ("", "show", "show nothing", "train --stp 1", "train --steps 0"):
+            self.assertEqual(self.do(*words.split())[0], 2, words)
+
+    def test_train(self):
+        """A short run learns, writes the contract's files, and repeats itself bit for bit; --mine
+        trains with the learner's right lines, and a loss that isn't finite ends it."""
+        flags = ["train", "--steps", 600, "--eval_every", 250, "--log_every", 100, "--lr", 0.05]
+        status, out = self.do(*flags, "--out", "a")
+        log = rows(self.dir / "a")
+        self.assertEqual([row["step"] for row in log if "val_loss" in row], [0, 250, 500, 600])
+        self.assertEqual([row["step"] for row in log if "loss" in row], [*range(100, 601, 100)])
+        self.assertEqual([*log[-1]], ["step", "seconds", "test_loss", "test_accuracy", "final"])
+        self.assertEqual([*log[1]], ["step", "loss", "lr", "seconds", "images_per_s"])
+        self.assertGreater(log[-1]["test_accuracy"], 0.5)
+        last = load(self.dir / "a" / "ckpt.pt")
+        self.assertEqual({*last}, {"model", "optimizer", "config", "step", "best"})
+        config = json.loads((self.dir / "a" / "config.json").read_text())
+        self.assertEqual((last["step"], last["config"], config["lr"]), (600, config, 0.05))
+        self.answer(linear="b + x @ w", gelu="x")
+        with mock.patch.dict(vars(self.puzzles)):
+            out = self.do(*flags, "--out", "b", "--mine")[1]
+        self.assertIn("linear is yours: b + x @ w", out)
+        self.same(load(self.dir / "b" / "ckpt.pt")["model"], last["model"])
+        out = self.do("train", "--steps=2", "--lr=1e30", "--out", "c")[0]
+        self.assertRegex(out, r"\Aloss is (nan|inf) at step [12]: [^\n]+\Z")
+        with mock.patch.dict(os.environ, WORLD_SIZE="2"):
+            self.assertIn("not torchrun", self.do("train", "--out", "d")[0])
+        scores = [(1.0, 0.1), (1.0, 0.3), (1.0, 0.2), (1.0, 0.0)]  # the last is the test's
+        with mock.patch.object(self.puzzles, "evaluate", side_effect=scores):
+            self.do("train", "--steps=2", "--eval_every=1", "--out", "e")
+        self.assertEqual(load(self.dir / "e" / "best.pt")["step"], 1)
 
 
 def main():

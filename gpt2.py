@@ -524,7 +524,7 @@ def sample(model, tokenizer, c):
 
 
 # Peak rates, each the best of a sweep of 500 steps on Shakespeare: README.md
-LEARNING_RATES = dict(muon=0.03, adamw=0.008, adam=0.016, lion=0.001, sophia=0.001)
+LEARNING_RATES = dict(muon=0.03, adamw=0.008, adam=0.016, lion=0.002, sophia=0.001)
 CHOICES = dict(tokenizer=("bytes", "gpt2"), pos=("learned", "rope"), optimizer=[*LEARNING_RATES],
                dtype=("auto", "float32", "bfloat16"))
 SHAPE = ("n_layer", "n_head", "n_kv_head", "n_embd", "pos")

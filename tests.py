@@ -705,6 +705,9 @@ class TestGPT2(Case):
         (folder / "README.md").write_text("not data")
         train, val = self.load(folder)
         self.assertEqual((train[1].tolist(), val[1].tolist()), ([*range(100)], [*range(50, 70)]))
+        x, y = self.gpt2.get_batch(train, [7, 30], 5, "cpu")
+        self.assertEqual(x.tolist(), [[*range(7, 12)], [*range(30, 35)]])
+        self.assertTrue(torch.equal(y, x + 1))
         for wrong in (np.arange(100, dtype=np.uint32), np.arange(200, 300, dtype=np.uint16)):
             wrong.tofile(folder / "val.bin")
             with self.assertRaisesRegex(ValueError, "val.bin doesn't hold ids of 16 bits"):
@@ -758,6 +761,22 @@ class TestGPT2(Case):
         scores = ast.literal_eval(run("gpt2", *self.tiny, "--eval_only"))
         self.assertLess(scores["val_loss"], 1.2)
 
+    def test_seeds(self):
+        """Each step has random numbers of its own, for its dropout."""
+        seeds, original = set(), self.gpt2.get_batch
+        with mock.patch.object(self.gpt2, "get_batch", lambda *a: (
+                seeds.add(torch.initial_seed()), original(*a))[1]):
+            run("gpt2", *self.tiny, "--steps", 5)
+        self.assertEqual(len(seeds), 5)
+
+    def test_best(self):
+        losses = iter((3.0, 1.0, 2.0))
+        with mock.patch.object(self.gpt2, "evaluate", lambda *a: dict(val_loss=next(losses))):
+            run("gpt2", *self.tiny, "--steps", 30)
+        self.assertEqual(load(self.dir / "out/best.pt")["step"], 20)
+        self.assertEqual(load(self.dir / "out/ckpt.pt")["best"], 1.0)
+        self.assertEqual(rows(self.dir / "out")[-1]["best_val_loss"], 1.0)
+
     def test_resume_at_the_end(self):
         run("gpt2", *self.tiny)
         for steps in (10, 20):
@@ -791,8 +810,9 @@ class TestGPT2(Case):
         self.assertEqual((loss, model.lm_head.weight.grad.abs().max().item()), (0, 0))
 
     def test_torchrun(self):
-        """Two ranks are one rank with twice the accumulation."""
-        flags = [*self.tiny, "--optimizer", "adamw", "--lr", 1e-3, "--steps", 6, "--eval_every", 3]
+        """Two ranks are one rank with twice the accumulation. (L2 notices the gradient's scale.)"""
+        flags = [*self.tiny, "--optimizer", "adam", "--lr", 1e-3, "--weight_decay", 5,
+                 "--grad_clip", 1e6, "--steps", 6, "--eval_every", 3]
         words = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2
         done = child(*words, HERE / "gpt2.py", *flags, "--out", self.dir / "two")
         self.assertEqual(done.returncode, 0, done.stderr[-2000:])

@@ -15,7 +15,13 @@ instructions.
         --n_layer 12 --n_head 12 --n_embd 768 --block_size 1024 --batch_size 32 --grad_accum 2 \
         --optimizer adamw --lr 6e-4 --beta2 0.95 --warmup 700 --steps 19000 --compile  # untested
 
-TODO figures
+What to expect (torch 2.13.0, one core of an AMD EPYC, fp32, n = 1; logs in assets/logs/gpt2/):
+- python gpt2.py: val loss 1.312 on Python 3.11's library after 118 s of training
+- Shakespeare by bytes, --steps 2000: val loss 1.560 after 128 s. nanoGPT's setting for CPUs, 4
+  layers of width 128 with AdamW, takes as long and ends at 1.902
+- 500 steps on Shakespeare: Muon 1.776, AdamW 1.998, Lion 2.038, Sophia 2.092, Adam 2.467 (n = 3)
+- sampling at 124M, batch 1: @SAMP@
+- on a GPU: not yet measured
 
 Rotary positions [3] and Muon [9] are the defaults, though newer than GPT-2. Closest to [1] is
 --pos learned --tokenizer gpt2 --optimizer adamw --weight_decay 0.01 --dropout 0.1.

@@ -2,7 +2,7 @@ r"""Tensor puzzles: build a tensor library from arange and where, then train a n
 
 Each puzzle is one line. The first 21 are Sasha Rush's Tensor Puzzles [1], about broadcasting. Then
 come 15 of the indexing that transformers need (masks, patches, heads, rotary positions) and 28
-that work out backward passes. "train" trains a network with those alone, without autograd.
+forward and backward passes. "train" trains a network with those alone, without autograd.
 
     python puzzles.py start         write my_puzzles.py, in which each puzzle waits for its line:
                                         def outer(a, b):
@@ -115,7 +115,7 @@ vstack = puzzle("vstack(a[i], b[i]) -> [2, i]", "a above b.",
     spec="[a, b]",
     hints=["where picks between two, and it broadcasts.", "Ask a column (2, 1): is it row 0?"],
     solution="where(arange(2)[:, None] == 0, a, b)")
-roll = puzzle("roll(a[i], i) -> [i]", "a moved one place to the left; its first element last.",
+roll = puzzle("roll(a[i], i) -> [i]", "a moved one place to the left, a[0] to the end.",
     spec="[a[(k + 1) % i] for k in range(i)]",
     hints=["Output k comes from place k + 1.", "The last one has no such place: % brings i to 0."],
     solution="a[(arange(i) + 1) % i]")
@@ -152,7 +152,7 @@ flatten = puzzle("flatten(a[i,j], i, j) -> [i * j]", "a row after row.",
     solution="a[arange(i * j) // j, arange(i * j) % j]")
 linspace = puzzle("linspace(i[1], j[1], n) -> [n]", "n evenly spaced floats, i first and j last.",
     spec="[float(i[0] + (j[0] - i[0]) * k / max(n - 1, 1)) for k in range(n)]",
-    hints=["Place k has gone k / (n - 1) of the way.", "Against 0 / 0: n == 1 counts as 1."],
+    hints=["Place k has gone k / (n - 1) of the way.", "n - 1 may be 0: add (n == 1)."],
     solution="i + (j - i) * arange(n) / (n - 1 + (n == 1))")
 heaviside = puzzle("heaviside(a[i], b[i]) -> [i]", "0 where a < 0, 1 where a > 0, b where a is 0.",
     spec="[y if x == 0 else int(x > 0) for x, y in zip(a, b)]",
@@ -221,12 +221,12 @@ ids_restore = puzzle("ids_restore(ids[n]:permutation) -> [n]", "What undoes the 
     spec="ids.argsort()",
     hints=["Element k came from place ids[k]: send k there.", "scatter_add sends to places."],
     solution="scatter_add(arange(ids.shape[0]), ids, ids.shape[0])")
-positives = puzzle("positives(n) -> [2 * n]", "Rows k and n + k are pairs: each row's other one.",
+positives = puzzle("positives(n) -> [2 * n]", "Rows k and n + k are a pair: each row's partner.",
     spec="torch.arange(2 * n).roll(n)",
     hints=["In row k + n.", "And in the second half? % (2 * n)."],
     solution="(arange(2 * n) + n) % (2 * n)")
 
-rotate_half = puzzle("rotate_half(x[T,2*h], D=2*h) -> [T, D]", "Rows' halves (a, b) as (-b, a).",
+rotate_half = puzzle("rotate_half(x[T,2*h], D=2*h) -> [T, D]", "Halves (a, b) of rows as (-b, a).",
     spec="torch.cat((-x[:, D // 2:], x[:, :D // 2]), 1)",
     hints=["roll, but by half a row: columns (arange(D) + D // 2) % D.", "where makes the signs."],
     solution="where(arange(D) < D // 2, -1, 1) * x[:, (arange(D) + D // 2) % D]")
@@ -237,9 +237,9 @@ rope = puzzle("rope(x[T,2*h], cos[T,h]:twice, sin[T,h]:twice, D=2*h) -> [T, D]",
     solution="x * cos + rotate_half(x, D) * sin")
 
 # ---- three: backward by hand --------------------------------------------------------------------
-# d is the gradient that arrives: the loss's for y, what the forward pass gave. The answer is the
-# loss's gradient for each input named, in that input's shape. Rows are samples. All is in doubles,
-# which ones(n) are not. In the hints [c = k] is 1 if c is k, else 0.
+# d is the gradient of the loss with respect to y, the forward pass's output. The answer is that of
+# each input named, in its shape. Rows are samples. All is float64, but ones(n) is int64, and @
+# doesn't mix them. In the hints [c = k] is 1 if c is k, else 0.
 
 SCOPE |= {"exp": torch.exp, "log": torch.log, "erf": torch.erf, "pi": math.pi}
 SCOPE |= {"rowmax": lambda x: x.amax(-1, keepdim=True)}
@@ -264,7 +264,7 @@ linear_backward = puzzle("linear_backward(d[B,m], x[B,n], w[n,m])", "Gradients o
     solution="d @ w.mT, x.mT @ d, colsum(d)")
 add_backward = puzzle("add_backward(d[B,m])", "Gradients of x [B, m] and b [m], where y = x + b.",
     spec="gradients(lambda x, b: x + b, d, torch.zeros_like(d), torch.zeros_like(d[0]))",
-    hints=["Both slopes are 1, but b_c is in B cells.", "What broadcasts is summed going back."],
+    hints=["Slopes are 1, but b_c is added in B rows.", "What broadcasts is summed going back."],
     solution="d, colsum(d)")
 
 relu_backward = puzzle("relu_backward(d[B,n], x[B,n])", "Gradient of x, where y = max(x, 0).",
@@ -340,7 +340,7 @@ layernorm = puzzle("layernorm(x[B,n], g[n], b[n]) -> [B, n]",
     solution="unit(centre(x)) * g + b")
 layernorm_backward = puzzle("layernorm_backward(d[B,n], x[B,n], g[n])", "Gradients of x, g and b.",
     spec="gradients(lambda x, g, b: F.layer_norm(x, x.shape[1:], g, b), d, x, g, 0 * g)",
-    hints=["As rmsnorm_backward, then back through centre.", "centre is its own backward. Why?"],
+    hints=["As rmsnorm_backward, then back through centre.", "Then centre(d) once more."],
     solution="centre(unit_backward(d * g, centre(x))), colsum(d * unit(centre(x))), colsum(d)")
 
 embedding_backward = puzzle("embedding_backward(d[n,C], ids[n]<V, V)",
@@ -374,9 +374,9 @@ newmax = puzzle("newmax(m[B,1], s[B,n]) -> [B, 1]", "The larger of m and the row
     spec="torch.maximum(m, s.amax(1, keepdim=True))",
     hints=["Two columns: m and rowmax(s).", "Then where."],
     solution="where(m > rowmax(s), m, rowmax(s))")
-online_softmax = puzzle("online_softmax(m[B,1], o[B,C], s[B,n], v[n,C]) -> [B, 1], [B, C]",
+online_softmax = puzzle("online_softmax(m[B,1], o[B,C], s[B,n]:large, v[n,C]) -> [B, 1], [B, C]",
     "Flash attention: block s, v updates m, the largest score, and o, the sum of exp(score - m) v.",
-    spec="(M := torch.maximum(m, s.amax(1, True)), (o * m.exp() + s.exp() @ v) / M.exp())",
+    spec="(M := torch.maximum(m, s.amax(1, True)), o * (m - M).exp() + (s - M).exp() @ v)",
     hints=["With a new maximum M each old term exp(score - m) must become exp(score - M).",
            "One factor does it for all: exp(m - M). The new keys add exp(s - M) @ v."],
     solution="newmax(m, s), o * exp(m - newmax(m, s)) + exp(s - newmax(m, s)) @ v")
@@ -503,7 +503,7 @@ def likely(got, want):
         (a.dim() > 1 and torch.equal(a.mT, b), transposed),
         (a.numel() > 1 and (a == a.flatten()[0]).all(), "each cell is the same"),
         (a.shape[-1] > 1 and torch.equal(a[..., 1:], b[..., :-1]), "shifted to the right"),
-        (a.shape[-1] > 1 and torch.equal(a[..., :-1], b[..., 1:]), "shifted to the left"),
+        (a.shape[-1] > 3 and torch.equal(a[..., :-1], b[..., 1:]), "shifted to the left"),
         (a.numel() > 1 and not wrong_cells(a, b * factor).any(), f"a factor of {factor:.4g}"),
         (integers and (a - b).abs().max() <= 1, "off by one: < or <=, from 0 or from 1?"),
         (a.isnan().any(), "not a number: too large for exp, or 0 / 0?"),
@@ -679,7 +679,7 @@ def evaluate(w, x, y):
     return cross_entropy(logits, y).item(), accuracy.item()
 
 def use_mine():
-    """Put the learner's lines that are right in the place of ours."""
+    """Put the learner's lines that are right in the place of ours, not inside other puzzles."""
     for name, (line, fault) in read_answers().items():
         p = PUZZLES[name]
         if fault is None and judge(p, line) is None:

@@ -13,6 +13,7 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import functools
 import hashlib
 import importlib
 import io
@@ -69,8 +70,13 @@ def refused(script, *argv):
 def child(*command, timeout=300, **environment):
     """A finished process of Python with one thread; its stdout, stderr and returncode."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), **environment}
-    return subprocess.run([sys.executable, *map(str, command)], env=env, capture_output=True,
-                          text=True, timeout=timeout)
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
 
 
 def rows(out):
@@ -141,19 +147,23 @@ class Case(unittest.TestCase):
         a, b = load(whole / "ckpt.pt"), load(parts / "ckpt.pt")
         for key in ("model", "optimizer", "step", "best"):
             self.same(a[key], b[key], key)
-        timeless = [[{k: v for k, v in row.items() if k != "seconds" and not k.endswith("_per_s")}
-                     for row in rows(out)] for out in (whole, parts)]
+        timeless = [
+            [
+                {k: v for k, v in row.items() if k != "seconds" and not k.endswith("_per_s")}
+                for row in rows(out)
+            ]
+            for out in (whole, parts)
+        ]
         self.assertEqual(*timeless)
-
-
 # --------------------------------------------------------------------------------------------------
 # the house: what holds for every script
 
-SCRIPTS = ["gpt2", "puzzles"]  # the rewritten ones; tests of the others are in .ci/old_tests.py
+SCRIPTS = ["flash_attn", "gpt2", "puzzles"]  # the others' tests are in .ci/old_tests.py
 TRAIN = dict(gpt2=[], flash_attn=[], puzzles=["train"])  # what comes before the flags of a run
 SHORT = dict(  # flags that make an otherwise default run take seconds
     gpt2=["--steps", 3, "--eval_tokens", 4096, "--sample_tokens", 8],
     puzzles=["--steps", 3],
+    flash_attn=["--steps", 3, "--block_size", 64],
 )
 
 
@@ -166,7 +176,8 @@ class TestHouse(Case):
         allowed = {*sys.stdlib_module_names, "torch", "numpy", "tiktoken", "requests"}
         for script in SCRIPTS:
             tree = ast.parse(self.source(script))
-            functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+            kinds = (ast.FunctionDef, ast.Try)  # a function that needs it, or a try-import
+            functions = [node for node in ast.walk(tree) if isinstance(node, kinds)]
             inside = {node for function in functions for node in ast.walk(function)}
             for node in ast.walk(tree):
                 if isinstance(node, ast.Import):
@@ -190,14 +201,15 @@ class TestHouse(Case):
                 if node.name in ("Config", "train", "evaluate", "main"):
                     continue
                 start = min([node.lineno, *(d.lineno for d in node.decorator_list)])
-                lines = text.splitlines()[start - 1:node.end_lineno]
+                lines = text.splitlines()[start - 1 : node.end_lineno]
                 other, first = seen.setdefault(node.name, (script, lines))
                 difference = difflib.unified_diff(first, lines, other, script, lineterm="")
                 self.assertEqual(first, lines, "\n".join(difference))
 
     def test_import_does_nothing(self):
         """Importing prints and writes nothing, leaves random state, threads and signals alone."""
-        code = """if True:
+        code = (
+            """if True:
             import numpy, random, signal, sys, torch
             def state():
                 return [random.getstate(), numpy.random.get_state()[1].tolist(), sys.path[:],
@@ -205,8 +217,11 @@ class TestHouse(Case):
                         torch.get_default_dtype(), torch.get_float32_matmul_precision(),
                         torch.is_grad_enabled(), signal.getsignal(signal.SIGINT)]
             before = state()
-            import """ + ", ".join(SCRIPTS) + """
+            import """
+            + ", ".join(SCRIPTS)
+            + """
             assert state() == before"""
+        )
         with folder(self.dir):
             done = child("-c", code)
         self.assertEqual((done.returncode, done.stdout, done.stderr), (0, "", ""))
@@ -284,8 +299,11 @@ class TestHouse(Case):
         text = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
         lines += re.findall(r"`(python [^`]+)`", text)
         parts = [part.strip() for line in lines for part in line.split("&&")]
-        commands = [shlex.split(part, comments=True) for part in parts
-                    if part.startswith(("python ", "torchrun "))]
+        commands = [
+            shlex.split(part, comments=True)
+            for part in parts
+            if part.startswith(("python ", "torchrun "))
+        ]
         elsewhere = re.compile("shakespeare|cifar|^gpt2|^resnet|^deit|^my|^cuda|--bench|--compile")
         done = set()
         with folder(self.dir):
@@ -293,7 +311,7 @@ class TestHouse(Case):
                 names = [w[:-3] for w in words if w.endswith(".py") and w[:-3] in SCRIPTS]
                 if not names:
                     continue
-                script, flags = names[0], words[words.index(f"{names[0]}.py") + 1:]
+                script, flags = names[0], words[words.index(f"{names[0]}.py") + 1 :]
                 with self.subTest(command=" ".join(words)):
                     if words[0] == "torchrun" or any(elsewhere.search(flag) for flag in flags):
                         importlib.import_module(script).make_parser().parse_args(flags)
@@ -305,8 +323,6 @@ class TestHouse(Case):
                         self.assertEqual(flags[0], "check")  # nothing is answered yet
                     done.add(script)
         self.assertEqual(done, {*SCRIPTS}, "scripts of which no command could be run")
-
-
 # --------------------------------------------------------------------------------------------------
 # gpt2.py
 
@@ -1149,6 +1165,327 @@ class TestPuzzles(Case):
         with mock.patch.object(self.puzzles, "evaluate", side_effect=scores):
             self.do("train", "--steps=2", "--eval_every=1", "--out", "e")
         self.assertEqual(load(self.dir / "e" / "best.pt")["step"], 1)
+
+
+# --------------------------------------------------------------------------------------------------
+# flash_attn.py
+
+class TestFlashAttn(Case):
+    # T_q, T_k, query heads per key head, causal, window, cu_seqlens; a tile is 16 in these tests
+    masks = {
+        "full": (40, 61, 1, False, None, None),
+        "causal": (70, 70, 1, True, None, None),
+        "more keys": (37, 70, 2, True, None, None),
+        "more queries": (70, 45, 2, True, None, None),
+        "window": (60, 70, 2, True, 13, None),
+        "window of 1": (40, 40, 1, True, 1, None),
+        "both sides": (50, 70, 1, False, 17, None),
+        "no keys": (70, 40, 4, False, 9, None),
+        "whole tiles": (64, 64, 1, True, 32, None),
+        "documents": (70, 70, 2, True, None, [0, 5, 5, 40, 70]),
+    }
+    tiny = (
+        "--block_size 32 --n_embd 16 --steps 8 --eval_every 4 --log_every 2 --lr .01 "
+        "--dtype float32"
+    ).split()
+
+    def setUp(self):
+        super().setUp()
+        self.fa = importlib.import_module("flash_attn")
+        small = mock.patch.multiple(self.fa, TILE=16, HEADS=3)
+        small.start()
+        self.addCleanup(small.stop)
+
+    @staticmethod
+    def inputs(T_q, T_k, G=1, dtype=torch.double, D=16, H=4, B=2):
+        shapes = (B, H, T_q, D), (B, H // G, T_k, D), (B, H // G, T_k, D), (B, H, T_q, D)
+        q, k, v, do = (torch.randn(shape, dtype=torch.double).to(dtype) for shape in shapes)
+        return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), do
+
+    @staticmethod
+    def slow(q, k, v, causal=False, window=None, ends=None, scale=None):
+        """o and LSE, a query at a time from the definition, in fp64."""
+        (B, H, T_q, D), (H_kv, T_k) = q.shape, k.shape[1:3]
+        o, lse = [], []
+        for b, h, i in itertools.product(range(B), range(H), range(T_q)):
+            p, kv = i + T_k - T_q, h // (H // H_kv)
+            keys = [j for j in range(T_k) if not causal or j <= p]
+            keys = [j for j in keys if window is None or abs(p - j) < window]
+            if ends:
+                a, z = [(a, z) for a, z in itertools.pairwise(ends) if a <= p < z][0]
+                keys = [j for j in keys if a <= j < z]
+            s = k[b, kv, keys].double() @ q[b, h, i].double() * (scale or D**-0.5)
+            lse.append(torch.logsumexp(s, 0))
+            o.append(torch.softmax(s, 0) @ v[b, kv, keys].double())  # 0 without keys
+        return torch.stack(o).view(B, H, T_q, D), torch.stack(lse).view(B, H, T_q)
+
+    def all_close(self, found, expected, tolerance, message=None):
+        for a, b in zip(found, expected, strict=True):
+            self.close(a, b, tolerance, message)
+
+    def test_online_softmax(self):
+        x = torch.randn(5, 9, dtype=torch.double) * 300  # e^900 would overflow
+        x[2] = x[2].sort().values  # the maximum grows at each step
+        self.close(self.fa.online_softmax(x), torch.softmax(x, dim=-1), 1e-14)
+        q, k, v, _ = self.inputs(40, 40)
+        q, k = -40 * q.abs(), 1e4 * k.abs()  # all scores far below zero
+        self.close(self.fa.flash_attention(q, k, v, True), self.slow(q, k, v, True)[0], 1e-11)
+
+    def test_merge(self):
+        q, k, v, do = self.inputs(9, 20)
+        whole = self.slow(q, k, v)
+        exact = torch.autograd.grad(whole[0], (q, k, v), do, retain_graph=True)
+        for n in (1, 19):
+            a, b = (
+                self.fa.flash_attention(q, k[:, :, at], v[:, :, at], return_lse=True)
+                for at in (slice(n), slice(n, None))
+            )
+            merged = self.fa.merge(*a, *b)
+            self.all_close(merged, whole, 1e-13)
+            self.all_close(torch.autograd.grad(merged[0], (q, k, v), do), exact, 1e-12)
+        none = torch.zeros_like(q), torch.full(q.shape[:3], -math.inf, dtype=torch.double)
+        self.all_close(self.fa.merge(*none, *whole), whole, 1e-15)
+        o, lse = self.fa.merge(*none, *none)
+        self.assertTrue((o == 0).all() and (lse == -math.inf).all())
+
+    def test_tile_map(self):
+        with mock.patch.multiple(self.fa, TILE=2):
+            plan = self.fa.tile_map(*self.fa.spans(8, 8, True, 5))
+        for (_, tiles), picture in zip(plan, ("/...", "#/..", "/#/.", "./#/"), strict=True):
+            marks = {at.start // 2: "#" if hidden is None else "/" for at, hidden in tiles}
+            self.assertEqual("".join(marks.get(i, ".") for i in range(4)), picture)
+
+    def test_masks(self):
+        for (dtype, tolerance), (name, mask) in itertools.product(
+            ((torch.double, 1e-13), (torch.float32, 3e-6)), self.masks.items()
+        ):
+            T_q, T_k, G, causal, window, ends = mask
+            q, k, v, do = self.inputs(T_q, T_k, G, dtype)
+            exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
+            o, lse = self.slow(*exact, causal, window, ends, 0.3)
+            some, dlse = lse > -math.inf, torch.randn_like(lse)
+            loss = (o * do).sum() + (lse * dlse)[some].sum()
+            expected = [o, *torch.autograd.grad(loss, exact, retain_graph=True), lse[some]]
+            f = functools.partial(self.fa.flash_attention, q, k, v, causal, window, 0.3)
+            o, lse = f(cu_seqlens=ends, return_lse=True)
+            loss = (o * do).sum() + (lse * dlse)[some].sum()
+            found = [o, *torch.autograd.grad(loss, (q, k, v)), lse[some]]
+            self.all_close(found, expected, tolerance, name)
+            self.same(lse > -math.inf, some, name)
+            self.assertTrue((o[~some] == 0).all() and (found[1][~some] == 0).all(), name)
+            if not ends:
+                o = self.fa.attention(q, k, v, causal, window, 0.3)
+                found = [o, *torch.autograd.grad(o, (q, k, v), do)]
+                expected[1:4] = torch.autograd.grad(expected[0], exact, do)
+                self.all_close(found, expected[:4], tolerance, name)
+
+    def test_sdpa(self):
+        with mock.patch.multiple(self.fa, TILE=256, HEADS=8):
+            for causal, T in ((False, 300), (True, 520)):
+                q, k, v, do = self.inputs(T, T, dtype=torch.float32)
+                q = q.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+                expected = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+                o = self.fa.flash_attention(q, k, v, causal)
+                self.close(o, expected, 2e-6)
+                do = do.mT.contiguous().mT if causal else torch.ones(()).expand_as(do)
+                exact = torch.autograd.grad(expected, (q, k, v), do)
+                self.all_close(torch.autograd.grad(o, (q, k, v), do), exact, 5e-6)
+
+    def test_half(self):
+        sdpa = F.scaled_dot_product_attention
+        for dtype in (torch.bfloat16, torch.float16):
+            inputs, found = self.inputs(70, 70, dtype=dtype), []
+            for f, cast in ((sdpa, torch.float32), (self.fa.flash_attention, dtype), (sdpa, dtype)):
+                q, k, v, do = (t.detach().to(cast).requires_grad_() for t in inputs)
+                o = f(q, k, v)
+                found.append([o, *torch.autograd.grad(o, (q, k, v), do)])
+            for exact, ours, theirs in zip(*found, strict=True):
+                self.assertLessEqual((ours - exact).abs().max(), 2 * (theirs - exact).abs().max())
+        q = torch.full_like(v, 100)  # q k^T overflows
+        for f in (self.fa.attention, self.fa.flash_attention):
+            self.close(f(q, q, v, scale=0.01), v.mean(2, keepdim=True).expand_as(v), 2e-3)
+
+    def test_no_matrix(self):
+        largest, kept, T = [], [], 600
+
+        class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+            def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+                out = f(*args, **(kwargs or {}))
+                leaves = torch.utils._pytree.tree_leaves(out)
+                largest.extend(t.numel() for t in leaves if isinstance(t, torch.Tensor))
+                return out
+
+        q, k, v, do = self.inputs(T, T, B=1)
+        for f, small in ((self.fa.attention, False), (self.fa.flash_attention, True)):
+            largest.clear()
+            with Watch():
+                torch.autograd.grad(f(q, k, v, True, 500), (q, k, v), do)
+            self.assertEqual(max(largest) < T * T, small, max(largest))
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            self.fa.flash_attention(q, k, v)
+        self.assertEqual(sum(t.numel() for t in kept), 4 * q.numel() + 6 * T)  # LSE, spans
+
+    def test_hidden(self):
+        """What is NaN, inf or overflows of a key or query reaches who sees it and no other."""
+        i, j = torch.arange(20)[:, None], torch.arange(20)
+        for which, value, (causal, window) in itertools.product(
+            (0, 1), (math.nan, math.inf, 3e38), ((True, None), (False, 3))
+        ):
+            q, k, v, do = self.inputs(20, 20, dtype=torch.float32)
+            clean = self.fa.flash_attention(q, k, v, causal, window)
+            clean = [clean, *torch.autograd.grad(clean, (q, k, v), do)]
+            broken = (q, k)[which].detach()  # shares the memory
+            broken[0, 0, 7] = value
+            o = self.fa.flash_attention(q, k, v, causal, window)
+            found = [o, *torch.autograd.grad(o, (q, k, v), do)]
+            seen = j <= i if causal else (i - j).abs() < 3
+            rows = seen[:, 7] if which else i[:, 0] == 7  # queries that see it
+            keys = seen[rows].any(0)  # keys that one of those queries sees
+            for a, b, reached in zip(found, clean, (rows, rows, keys, keys), strict=True):
+                for row in (~reached).nonzero():
+                    self.close(a[0, 0, row], b[0, 0, row], 1e-4)
+                self.close(a[0, 1:], b[0, 1:], 1e-5)
+            if value != 3e38:
+                self.assertFalse(any(t[0, 0, rows].isfinite().any() for t in found[:2]))
+
+    def test_documents_apart(self):
+        ends, tensors, found = [0, 5, 23, 40], self.inputs(40, 40), []
+        for value in (0, math.nan):
+            q, k, v, do = tensors
+            for t in tensors:
+                t.detach()[:, :, 5:23] += value
+            o = self.fa.flash_attention(q, k, v, True, cu_seqlens=ends)
+            found.append([o.detach(), *torch.autograd.grad(o, (q, k, v), do)])
+        for a, b in zip(*found, strict=True):
+            self.same(a[:, :, :5], b[:, :, :5])
+            self.same(a[:, :, 23:], b[:, :, 23:])
+            self.assertTrue(b[:, :, 5:23].isnan().all())
+
+    def test_refused(self):
+        q, k, v, _ = self.inputs(8, 8)
+        for change, says in (
+            (dict(k=k[:, :, :7]), "7, 16"),
+            (dict(k=k[:1], v=v[:1]), "1, 4, 8, 16"),
+            (dict(k=k[:, :3], v=v[:, :3]), "2, 3, 8, 16"),
+            (dict(k=k.float()), "float32"),
+            (dict(window=0), "window 0"),
+            (dict(scale=torch.tensor(0.1)), "scale"),
+            (dict(backend="cuda"), "backend cuda"),
+            (dict(backend="triton"), "triton"),
+        ):
+            with self.assertRaisesRegex(ValueError, says):
+                self.fa.flash_attention(**{**dict(q=q, k=k, v=v), **change})
+        for ends in ([0, 9], [0, 5], [0, 9, 8], [1, 8]):
+            with self.assertRaises(RuntimeError):
+                self.fa.flash_attention(q, k, v, cu_seqlens=ends)
+        self.assertTrue((self.fa.flash_attention(q, k[:, :, :0], v[:, :, :0]) == 0).all())
+        expected = self.slow(q, k, v, ends=[0, 3, 8])[0]
+        for ends in ((0, 3, 8), np.array([0, 3, 8]), torch.tensor([0, 3, 8], dtype=torch.int32)):
+            self.close(self.fa.flash_attention(q, k, v, cu_seqlens=ends), expected, 1e-13)
+
+    def test_default_device(self):
+        q, k, v, do = self.inputs(20, 20)
+        torch.set_default_device("meta")  # nothing computes on it
+        self.addCleanup(torch.set_default_device, None)
+        for f in (self.fa.attention, self.fa.flash_attention):
+            grads = torch.autograd.grad(f(q, k, v, True, 7), (q, k, v), do)
+            self.assertTrue(all(g.isfinite().all() for g in grads))
+
+    def test_autocast(self):
+        q, k, v, do = self.inputs(40, 40, dtype=torch.float32)
+        half = [t.detach().bfloat16().requires_grad_() for t in (q, k, v, do)]
+        plain = self.fa.flash_attention(*half[:3])
+        expected = torch.autograd.grad(plain, half[:3], half[3])
+        with torch.autocast("cpu", torch.bfloat16):
+            o = self.fa.flash_attention(q, half[1], v)  # torch casts such a mix, too
+            grads = torch.autograd.grad(o, (q, half[1], v), half[3])
+            double = self.fa.flash_attention(q.double(), k.double(), v.double())
+        self.same([o.detach(), *(g.bfloat16() for g in grads)], [plain.detach(), *expected])
+        self.close(double, self.slow(q, k, v)[0], 1e-13)
+
+    def test_transforms(self):
+        (q, k, v, do), f = self.inputs(20, 20), self.fa.flash_attention
+        says = r"second derivative: use attention\(\)"
+        with self.assertRaisesRegex(RuntimeError, says):
+            torch.autograd.grad(f(q, k, v), q, do, create_graph=True)
+        with self.assertRaisesRegex(RuntimeError, says):
+            torch.func.grad(lambda q: f(q, k.detach(), v.detach()).sum())(q.detach())
+
+    def test_triton(self):
+        if not self.fa.triton:
+            self.skipTest("no triton")
+        code = """if True:
+            import torch, flash_attn as fa
+            for dtype, tolerance in ((torch.float32, 3e-6), (torch.float16, 2e-3)):
+                for T_q, T_k, causal, window in ((64, 64, True, None), (64, 192, False, 70),
+                                                 (128, 64, True, 9)):
+                    q = torch.randn(2, 4, T_q, 16).to(dtype).requires_grad_()
+                    k, v = torch.randn(2, 2, 2, T_k, 16).to(dtype)
+                    f = lambda b: fa.flash_attention(q, k, v, causal, window, 0.3, b, None, True)
+                    (o, lse), (o2, lse2) = f("triton"), f("torch")
+                    grads = [torch.autograd.grad(x.square().sum(), q)[0] for x in (o, o2)]
+                    for a, b in ((o, o2), (lse.exp(), lse2.exp()), grads):
+                        assert (a - b).abs().max() <= tolerance * b.abs().max(), (dtype, T_q, T_k)
+            half = [t[:, :, :64].bfloat16() for t in (q, k, v)]  # the interpreter gets it wrong
+            auto, right = fa.flash_attention(*half), fa.flash_attention(*half, backend="torch")
+            assert auto.equal(right)
+            k[0, 0, 5] = float("nan")
+            o = fa.flash_attention(q[:, :, :64], k, v, True, backend="triton")[0, 0]
+            assert o[:5].isfinite().all() and o[5:].isnan().all()"""
+        done = child("-W", "ignore", "-c", code, TRITON_INTERPRET="1")
+        self.assertEqual(done.returncode, 0, done.stderr[-3000:])
+
+    def test_batches(self):
+        tokens, answers = self.fa.retrieval_batch((1, 2), 4, 64, "cpu")
+        for row, right in zip(tokens.tolist(), answers.tolist(), strict=True):
+            pairs = dict(zip(row[:32:2], row[1:32:2], strict=True))
+            self.assertEqual((len(pairs), sorted(pairs)), (16, sorted(row[32::2])))
+            self.assertTrue(max(pairs) < 32 <= min(pairs.values()))
+            self.assertEqual([pairs[key] - 32 for key in row[32::2]], right)
+        self.same(self.fa.retrieval_batch((1, 2), 4, 64, "cpu")[0], tokens)
+        model, changed = self.fa.RetrievalModel(self.fa.Config(block_size=64)), tokens.clone()
+        changed[:, 41:] = 5  # an answer sees no later token
+        self.same(model(changed)[:, :5].detach(), model(tokens)[:, :5].detach())
+
+    def test_learns(self):
+        flags = "--block_size 64 --n_embd 32 --batch_size 16 --steps 120 --eval_every 60".split()
+        text = run("flash_attn", *flags, "--out", self.dir / "a")
+        self.assertTrue(text.endswith("\nsolved\n"), text)
+        eager = functools.partial(torch.compile, backend="eager")
+        with mock.patch.object(torch, "compile", eager):
+            run("flash_attn", *flags, "--out", self.dir / "b", "--backend", "naive", "--compile")
+        for a, b in zip(rows(self.dir / "a"), rows(self.dir / "b"), strict=True):
+            if "loss" in a:
+                self.assertAlmostEqual(a["loss"], b["loss"], delta=2e-3 * a["loss"])
+
+    def test_files(self):
+        scores = mock.Mock(side_effect=[(1.0, 0.5), (1.0, 0.2), (1.0, 0.4)])
+        with mock.patch.object(self.fa, "evaluate", scores):
+            run("flash_attn", *self.tiny, "--out", self.dir)
+        log = rows(self.dir)
+        self.assertEqual(json.loads((self.dir / "config.json").read_text())["lr"], 0.01)
+        self.assertEqual([row["step"] for row in log], [2, 4, 4, 6, 8, 8, 8])
+        self.assertEqual(" ".join(log[0]), "step loss lr seconds tokens_per_s")
+        self.assertEqual(" ".join(log[2]), "step seconds val_loss val_accuracy")
+        self.assertTrue(log[-1]["final"] and log[-1]["test_accuracy"] == 0.4)
+        ckpt, best = load(self.dir / "ckpt.pt"), load(self.dir / "best.pt")
+        self.assertEqual(" ".join(ckpt), "model optimizer config step best")
+        self.assertEqual((ckpt["step"], best["step"], best["best"]), (8, 4, 0.5))
+
+    def test_ends(self):
+        says = refused("flash_attn", *self.tiny, "--out", self.dir, "--lr", 9e18, "--steps", 50)
+        self.assertRegex(says, r"^loss is (nan|inf) at step \d+$")
+        self.assertIn("invalid choice", refused("flash_attn", "--backend", "cuda"))
+        self.assertTrue((HERE / "flash_attn.py").read_text(encoding="utf-8").isascii())
+        done = child("-c", "import flash_attn")
+        self.assertEqual((done.returncode, done.stdout + done.stderr), (0, ""))
+
+    def test_bench(self):
+        flags = ("--bench", "--block_size", 512)
+        text = run("flash_attn", *flags) + run("flash_attn", *flags, "--window", 40)
+        self.assertEqual(re.findall(r"512 (\w+) +forw", text), ["sdpa", "flash", "naive"] * 2)
+        kept = [float(x) for x in re.findall(r"keeps ([\d.]+) MB", text)]
+        self.assertTrue(kept[1] < kept[2] / 2 and kept[4] < kept[5] / 2, kept)
 
 
 def main():

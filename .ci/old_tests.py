@@ -1475,7 +1475,7 @@ class TestResNet(Case):
 
     def test_torchrun(self):
         """Two processes update as one does with twice the accumulation; the checkpoint's names are plain."""
-        (self.dir / "two.py").write_text("import sys\nimport tests\nwith tests.small_resnet():\n    import resnet\n"
+        (self.dir / "two.py").write_text("import sys\nimport old_tests\nwith old_tests.small_resnet():\n    import resnet\n"
                                          "    sys.exit(resnet.main(sys.argv[1:]))\n")
         flags = [*self.tiny, "--steps", 6, "--norm", "layer", "--ema", 0.5]
         done = child("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", self.dir / "two.py", *flags,
@@ -4048,7 +4048,7 @@ class TestMAE(Case):
 
     def test_torchrun(self):
         """Two processes update as one does with twice the accumulation; the checkpoint's names are plain."""
-        (self.dir / "two.py").write_text("import sys\nimport tests\nwith tests.small_mae():\n"
+        (self.dir / "two.py").write_text("import sys\nimport old_tests\nwith old_tests.small_mae():\n"
                                          "    import mae\n    sys.exit(mae.main(sys.argv[1:]))\n")
         flags = [*self.tiny, "--steps", 6]
         done = child("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", self.dir / "two.py", *flags,

@@ -405,7 +405,7 @@ class RetrievalModel(nn.Module):
         x = x + flash_attention(q, k, v, causal=True).squeeze(1)
         x = x[:, tokens.size(1) // 2::2]  # (B, T / 4, C), the keys of the second half
         logits = self.head(x + self.mlp(x)).float()  # (B, T / 4, VALUES)
-        accuracy = (logits.argmax(dim=2) == answers).float().mean().item()
+        accuracy = (logits.argmax(dim=2) == answers).float().mean()
         return F.cross_entropy(logits.mT, answers), accuracy
 
 
@@ -512,10 +512,11 @@ def train(c):
         if step % c.eval_every == 0 or step == c.steps:
             with torch.no_grad(), autocast:
                 loss, accuracy = model(*retrieval_batch((c.seed, 1), 8, c.block_size, device))
-            log_row(c, step=step, seconds=seconds, val_loss=loss.item(), val_accuracy=accuracy)
+            log_row(c, step=step, seconds=seconds, val_loss=loss.item(),
+                    val_accuracy=accuracy.item())
     with torch.no_grad(), autocast:
         loss, accuracy = model(*retrieval_batch((c.seed, 2), 8, c.block_size, device))
-    log_row(c, step=step, test_loss=loss.item(), test_accuracy=accuracy, final=True)
+    log_row(c, step=step, test_loss=loss.item(), test_accuracy=accuracy.item(), final=True)
     print("solved" if accuracy > 0.99 else "not solved")
 
 

@@ -511,13 +511,12 @@ def train(c):
                     tokens_per_s=step * x.numel() / seconds)
         if step % c.eval_every == 0 or step == c.steps:
             with torch.no_grad(), autocast:
-                loss, accuracy = model(*retrieval_batch((c.seed, 1), 8, c.block_size, device))
-            log_row(c, step=step, seconds=seconds, val_loss=loss.item(),
-                    val_accuracy=accuracy.item())
+                loss, right = model(*retrieval_batch((c.seed, 1), 8, c.block_size, device))
+            log_row(c, step=step, seconds=seconds, val_loss=loss.item(), val_accuracy=right.item())
     with torch.no_grad(), autocast:
-        loss, accuracy = model(*retrieval_batch((c.seed, 2), 8, c.block_size, device))
-    log_row(c, step=step, test_loss=loss.item(), test_accuracy=accuracy.item(), final=True)
-    print("solved" if accuracy > 0.99 else "not solved")
+        loss, right = model(*retrieval_batch((c.seed, 2), 8, c.block_size, device))
+    log_row(c, step=step, test_loss=loss.item(), test_accuracy=right.item(), final=True)
+    print("solved" if right > 0.99 else "not solved")
 
 
 def make_parser():

@@ -405,10 +405,10 @@ def load_weights(path):
     with torch.serialization.safe_globals([argparse.Namespace]):  # official files may hold one
         saved = torch.load(path, map_location="cpu", weights_only=True)
     weights = saved
-    for name in ("model", "state_dict", "target_encoder", "encoder", "ema"):
+    for name in ("model", "state_dict", "encoder", "target_encoder", "ema"):
         weights = saved.get(name, weights)
     for wrapper in ("module.", "_orig_mod.", "backbone."):
-        weights = {name.removeprefix(wrapper): w for name, w in weights.items()}
+        weights = {name.replace(wrapper, ""): w for name, w in weights.items()}
     return weights, saved.get("config", {})
 
 

@@ -175,18 +175,27 @@ def small_shapes(script):
 # --------------------------------------------------------------------------------------------------
 # the house: what holds for every script
 
-SCRIPTS = ["flash_attn", "gpt2", "puzzles", "resnet"]  # the others' tests are in .ci/old_tests.py
+# the others' tests are in .ci/old_tests.py
+SCRIPTS = ["flash_attn", "gpt2", "puzzles", "resnet", "vit"]
 TRAIN = dict(puzzles=["train"])  # what comes before the flags of a run
 SHORT = dict(  # flags that make an otherwise default run take seconds
     gpt2=["--steps", 3, "--eval_tokens", 4096, "--sample_tokens", 8],
     puzzles=["--steps", 3],
     flash_attn=["--steps", 3, "--block_size", 64],
     resnet=["--epochs", 0.5, "--batch_size", 32],
+    vit=["--epochs", 0.5, "--batch_size", 32],
 )
-VISION = ["resnet"]
+VISION = ["resnet", "vit"]
 
 
 class TestHouse(Case):
+    def setUp(self):
+        super().setUp()
+        for script in VISION:
+            patch = small_shapes(script)
+            patch.__enter__()
+            self.addCleanup(patch.__exit__, None, None, None)
+
     def source(self, script):
         return (HERE / f"{script}.py").read_text(encoding="utf-8")
 
@@ -323,7 +332,8 @@ class TestHouse(Case):
             for part in parts
             if part.startswith(("python ", "torchrun "))
         ]
-        elsewhere = re.compile("shakespeare|cifar|^gpt2|^resnet|^deit|^my|^cuda|--bench|--compile")
+        elsewhere = "shakespeare|cifar|^gpt2|^resnet|^deit|^my|^out/mae|--bench|--compile"
+        elsewhere = re.compile(elsewhere)
         done = set()
         with folder(self.dir):
             for words in commands:
@@ -2071,6 +2081,517 @@ class TestResNet(Case):
         self.assertIn(f"loss {loss:.3g} in the centre", printed)
         for name in ("figure6.png", "landscape.png"):
             self.assertGreater((self.out / name).stat().st_size, 10000)
+
+
+# --------------------------------------------------------------------------------------------------
+# vit.py
+
+
+def torch_vit(model):
+    """The same network with torch's own Transformer, in fp64, and its parameters by our names."""
+    twin = type(model)(**model.config).double().eval()
+    twin.load_state_dict(model.state_dict())
+    dim, depth, heads = (model.config[name] for name in ("dim", "depth", "heads"))
+    layer = nn.TransformerEncoderLayer(
+        dim, heads, 4 * dim, 0.0, "gelu", 1e-6, batch_first=True, norm_first=True
+    )
+    theirs = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False).double()
+    w = dict(twin.named_parameters())
+    for ours in twin.blocks.state_dict():
+        name = ours.replace("attn.proj", "self_attn.out_proj").replace("mlp.fc", "linear")
+        name = name.replace("attn.qkv.", "self_attn.in_proj_")
+        p = theirs.get_parameter(f"layers.{name}")
+        p.data.copy_(w[f"blocks.{ours}"])
+        w[f"blocks.{ours}"] = p
+
+    def forward(x):
+        x = twin.patch_embed.proj(x.double()).flatten(2).mT
+        if "cls_token" in w:
+            x = torch.cat((w["cls_token"].repeat(len(x), 1, 1), x), 1)
+        x = F.layer_norm(theirs(x + w["pos_embed"]), [dim], w["norm.weight"], w["norm.bias"], 1e-6)
+        return (x[:, 0] if "cls_token" in w else x.mean(1)) @ w["head.weight"].T + w["head.bias"]
+
+    return forward, w
+
+
+def torchvision_names(state, fc1, fc2):
+    """timm's names changed to torchvision's, in one of its two spellings."""
+    pairs = (
+        ("blocks.", "encoder.layers.encoder_layer_"),
+        ("pos_embed", "encoder.pos_embedding"),
+        ("cls_token", "class_token"),
+        ("patch_embed.proj", "conv_proj"),
+        (".norm", ".ln_"),
+        ("head.", "heads.head."),
+        ("attn.qkv.", "self_attention.in_proj_"),
+        ("attn.proj", "self_attention.out_proj"),
+        ("mlp.fc1", f"mlp.{fc1}"),
+        ("mlp.fc2", f"mlp.{fc2}"),
+        ("norm.", "encoder.ln."),
+    )
+    for ours, theirs in pairs:
+        state = {k.replace(ours, theirs): t for k, t in state.items()}
+    return state
+
+
+def slow_warp(x, row, column):
+    """What x (3, H, W) holds at a point, in -1 to 1, between pixels and reflected at its border."""
+    weights = torch.ones(1)
+    for p, n in ((row, x.size(1)), (column, x.size(2))):
+        p = ((p + 1) * n / 2) % (2 * n)
+        p = min(max(min(p, 2 * n - p) - 0.5, 0), n - 1)
+        near = (1 - (torch.arange(n) - p).abs()).clamp(min=0)  # bilinear
+        weights = weights[..., None] * near
+    return (x * weights[0]).sum((1, 2))
+
+
+def slow_distort(x, kind, s):
+    """One image (3, H, W), fp64."""
+    _, H, W = x.shape
+    grey, a = x[0] * 0.299 + x[1] * 0.587 + x[2] * 0.114, abs(s)
+    sin, cos = math.sin(0.5 * s), math.cos(0.5 * s)
+    flat, padded = x.flatten(1), F.pad(x[None], [1] * 4, mode="replicate")[0]
+    near = sum(padded[:, i : i + H, j : j + W] for i in range(3) for j in range(3))
+    low, high = flat.amin(1)[:, None, None], flat.amax(1)[:, None, None]
+    darker = (flat[:, None] < flat[:, :, None]).sum(2).view_as(x)
+    bases = dict(
+        brightness=0 * x,
+        saturation=grey.expand(3, H, W),
+        sharpness=(near + 4 * x) / 13,
+        contrast=grey.mean().expand(3, H, W),
+    )
+    full = dict(
+        equalize=darker / darker.amax((1, 2), True).clamp(min=1),
+        autocontrast=(x - low) / (high - low).clamp(min=1),
+    )
+    if kind in bases:
+        x = x + (0.9 * s) * (x - bases[kind])
+    elif kind in full:
+        x = torch.where(high > low, x + a * (255 * full[kind] - x), x)
+    elif kind == "solarize":
+        x = torch.where(x >= 256 * (1 - a), 255 - x, x)
+    elif kind == "posterize":
+        x = x - x % 2 ** round(4 * a)
+    else:
+        old, x = x, x.clone()
+        for i, j in itertools.product(range(H), range(W)):
+            v, u = (2 * i + 1) / H - 1, (2 * j + 1) / W - 1
+            points = dict(
+                shear_x=(v, u + 0.3 * s * v),
+                shear_y=(v + 0.3 * s * u, u),
+                move_x=(v, u + 0.6 * s),
+                move_y=(v + 0.6 * s, u),
+                rotate=(sin * u + cos * v, cos * u - sin * v),
+            )
+            x[:, i, j] = slow_warp(old, *points[kind])
+    return x.clamp(0, 255)
+
+
+class TestViT(Case):
+    def setUp(self):
+        super().setUp()
+        self.vit = importlib.import_module("vit")
+        draw = self.vit.make_shapes  # fewer: 200 images to train on, 20 to validate, 40 to test
+        self.vit.make_shapes = lambda n, seed: draw(n // 50, seed)
+        self.addCleanup(setattr, self.vit, "make_shapes", draw)
+        self.tiny = [
+            "--dim",
+            16,
+            "--depth",
+            2,
+            "--heads",
+            2,
+            "--batch_size",
+            32,
+            "--epochs",
+            1.5,
+            "--eval_every",
+            3,
+            "--log_every",
+            2,
+            "--warmup",
+            2,
+            "--dtype",
+            "float32",
+            "--device",
+            "cpu",
+        ]
+
+    def model(self, size=12, patch=4, dim=24, depth=2, heads=3, **more):
+        """A small model whose weights are large enough for every term to matter."""
+        model = self.vit.ViT(size, patch, dim, depth, heads, 5, **more).eval()
+        for name, p in model.state_dict().items():
+            if p.is_floating_point() and (name != "pos_embed" or more.get("pos") != "sincos"):
+                positive = "norm" in name and "weight" in name or "running_var" in name
+                p.copy_(positive + 0.2 * torch.randn(p.shape).clamp(-3, 3))
+        return model
+
+    def test_equations(self):
+        """Logits and gradients are torch's: pools, positions, stem, both ways of attention."""
+        for how in (
+            dict(),
+            dict(pool="mean"),
+            dict(pool="mean", pos="sincos"),
+            dict(pos="sincos"),
+            dict(conv_stem=True),
+            dict(conv_stem=True, pool="mean", patch=2),
+            dict(heads=1),
+            dict(size=34, patch=2, dim=8, heads=2),
+        ):
+            with self.subTest(**how):
+                model, y = self.model(**how), torch.tensor([0, 4, 2])
+                theirs, w = torch_vit(model)
+                x = torch.randn(3, 3, model.image_size, model.image_size)
+                logits, slow = model(x), theirs(x)
+                self.close(logits, slow, 2e-5)
+                F.cross_entropy(logits, y).backward()
+                F.cross_entropy(slow, y).backward()
+                for k, p in model.named_parameters():
+                    if p.requires_grad:
+                        self.close(p.grad, w[k].grad, 2e-4, k)
+                self.assertEqual(model.pos_embed.requires_grad, how.get("pos") != "sincos")
+
+    def test_embeddings(self):
+        """A thin image's patches; the stem; sincos; positions resized channel by channel."""
+        embed, x = self.vit.PatchEmbed(4, 10), torch.randn(2, 3, 4, 20)
+        self.close(embed(x), embed.proj(x).flatten(2).mT, 1e-5)
+        stem = self.vit.ConvStem(8, 64).proj
+        shapes = [(*m.weight.shape[::2], *m.stride) for m in stem[::3]]
+        self.assertEqual(shapes, [(8, 3, 2, 2), (16, 3, 2, 2), (32, 3, 2, 2), (64, 1, 1, 1)])
+        self.assertEqual([type(m) for m in stem[1:3]], [nn.BatchNorm2d, nn.ReLU])
+        table = self.vit.sincos_2d(24, 5)
+        for y, x, i in itertools.product(range(5), range(5), range(6)):
+            angles = [p * 10000 ** (-i / 6) for p in (x, x, y, y)]
+            want = [f(a) for f, a in zip([math.sin, math.cos] * 2, angles, strict=True)]
+            self.close(table[5 * y + x, i::6], want, 1e-6)
+        for prefix, grid in itertools.product((0, 1), (3, 6, 9)):
+            table = torch.randn(1, prefix + 36, 3)
+            got = self.vit.resize_positions(table, grid, prefix)
+            square = table[:, prefix:].mT.reshape(1, 3, 6, 6)
+            want = F.interpolate(square, (grid, grid), mode="bicubic", align_corners=False)
+            self.close(got, torch.cat((table[:, :prefix], want.flatten(2).mT), 1), 1e-6)
+
+    def test_sizes(self):
+        """Published numbers of parameters; timm's names; initial weights; sizes that don't fit."""
+        for dim, depth, patch, size, heads in (
+            (192, 12, 16, 5717416, 3),
+            (768, 12, 16, 86567656, 12),
+            (1024, 24, 32, 306535400, 16),
+            (1280, 32, 14, 632045800, 16),
+        ):
+            with torch.device("meta"):
+                model = self.vit.ViT(224, patch, dim, depth, 0, 1000)
+            self.assertEqual(sum(p.numel() for p in model.parameters()), size)
+            self.assertEqual({b.attn.heads for b in model.blocks}, {heads})
+        block = {"norm1", "norm2", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"}
+        self.assertEqual({k.rpartition(".")[0] for k in model.blocks[7].state_dict()}, block)
+        self.assertEqual(model.stats, self.vit.IMAGENET_STATS)
+        model = self.vit.ViT(32, 4, 192, 1, 0, 10)
+        x = torch.arange(333).expand(1, 3, 333, 333) % 2 * 255  # stripes: grey, when they are small
+        self.assertLess(self.vit.normalise(x, ([0.5] * 3, [1] * 3), 32).std().item(), 0.05)
+        for part in model.blocks[0].attn.qkv.weight.chunk(3):  # Xavier's
+            self.assertAlmostEqual(part.abs().max().item(), (6 / 384) ** 0.5, delta=0.001)
+        self.assertEqual(model(torch.randn(2, 3, 32, 32)).abs().max().item(), 0)
+        for wrong in (dict(heads=5), dict(dim=18, pos="sincos"), dict(patch=6, conv_stem=True)):
+            self.assertRaises(AssertionError, self.model, **wrong)
+        self.assertRaisesRegex(AssertionError, "16", self.model(), torch.zeros(1, 3, 9, 16))
+
+    def test_from_pretrained(self):
+        """One network in many wrappings: torchvision's, DDP's, MAE's with its decoder, I-JEPA's."""
+        x, full, path = torch.randn(2, 3, 12, 12), self.model(dim=128, heads=2), self.dir / "x.pt"
+        bare = dict(full.state_dict())
+        headless = {k: t for k, t in bare.items() if "head" not in k}
+        decoder = "mask_token", "decoder_pos_embed", "decoder_blocks.0.norm1.weight"
+        mae = headless | dict.fromkeys(decoder, torch.ones(8))
+        ddp, jepa = ({f"module.{k}": t for k, t in w.items()} for w in (bare, headless))
+        for saved in (
+            bare,
+            dict(model=bare),
+            dict(state_dict=ddp, epoch=3),
+            dict(model=mae),
+            torchvision_names(bare, "linear_1", "linear_2"),
+            torchvision_names(bare, "0", "3"),
+            dict(target_encoder=jepa, predictor={}),
+            dict(model=mae, encoder=headless, config=dict(heads=4), encoder_config={}),
+        ):
+            torch.save(saved, path)
+            model = self.vit.ViT.from_pretrained(path).eval()
+            if len(model.head.bias) == 10:  # a new one, since the file has none
+                model.head = full.head
+            for block in full.blocks:
+                block.attn.heads = 4 if "config" in saved else 2  # a checkpoint's own, or 128 / 64
+            self.close(model(x), full(x), 1e-5)
+            other = self.vit.ViT.from_pretrained(path, heads=8, num_classes=3, image_size=20)
+            self.assertEqual((other.blocks[1].attn.heads, other.head.out_features), (8, 3))
+            self.same(other.pos_embed.data, self.vit.resize_positions(bare["pos_embed"], 5, 1))
+        urls = [
+            "https://dl.fbaipublicfiles.com/deit/deit_tiny_patch16_224-a1311bcf.pth",
+            "https://download.pytorch.org/models/vit_b_16-c867db91.pth",
+        ]
+        saved = dict(model=bare)
+        with mock.patch.object(torch.hub, "load_state_dict_from_url", return_value=saved) as fetch:
+            for name in ("deit_tiny_patch16_224", "vit_b_16"):
+                self.same(dict(self.vit.ViT.from_pretrained(name).state_dict()), bare)
+        self.assertEqual([call.args[0] for call in fetch.call_args_list], urls)
+        self.assertTrue(fetch.call_args.kwargs["check_hash"])
+
+    def test_trivial_augment(self):
+        """All 13 against slow_distort, each image in its own way; one in 14 stays."""
+        kinds, s = np.arange(14).repeat(6), np.tile([-1.0, -0.6, -0.1, 0.3, 0.65, 1.0], 14)
+        x = torch.randint(0, 256, (84, 3, 5, 6)).float()
+        x[::2, 2], x[::2, 1] = 77, 80 + x[::2, 1] % 2  # channels of one and of two values
+        before = x.clone()
+        rng = mock.Mock(uniform=lambda *_: s, integers=lambda n, size: kinds if n == 14 else None)
+        y = self.vit.trivial_augment(x, rng)
+        self.same(x, before)
+        self.same(y[78:], x[78:])
+        for n in range(78):
+            name = self.vit.DISTORTIONS[kinds[n]]
+            want = slow_distort(x[n].double(), name, s[n].item())
+            self.close(y[n], want, 1e-5, f"{name} {s[n]}")
+
+    def test_mix(self):
+        """Image i with B - 1 - i: mixup's share of each, cutmix's square; what is own is exact."""
+        x = torch.arange(1.0, 7)[:, None, None, None].expand(6, 3, 16, 16)
+        rng, many = np.random.default_rng(0), torch.zeros(4000, 3, 16, 16)
+        y, own = self.vit.mix(x, "mixup", 0.8, rng)
+        self.close(y[:, 2, 5, 7], own * x[:, 0, 0, 0] + (1 - own) * x.flip(0)[:, 0, 0, 0], 1e-6)
+        y, own = self.vit.mix(x, "cutmix", 1.0, rng)
+        cut = y[:, 0] == x.flip(0)[:, 0]
+        self.assertTrue((cut | (y == x)[:, 0]).all())
+        self.close(1 - cut.float().mean((1, 2)), own, 1e-6)
+        self.same(cut, cut.any(2)[:, :, None] & cut.any(1)[:, None])  # rectangles
+        centred = mock.Mock(beta=rng.beta, random=mock.Mock(side_effect=lambda n: np.full(n, 0.5)))
+        self.assertAlmostEqual(self.vit.mix(many, "cutmix", 1.0, centred)[1].mean().item(), 0.5, 1)
+        centred.random.assert_called_once_with((4000, 2, 1))
+
+    def batch(self, step=0, teacher=None, **more):
+        x = torch.arange(7680).view(40, 3, 8, 8).remainder(251).byte()
+        x[:, 0] = torch.arange(40)[:, None, None]  # an image's number
+        c = self.vit.Config(**{"batch_size": 8, "crop": 0, **more})
+        return x, *self.vit.draw_batch(c, x, torch.arange(40) % 10, teacher, step)
+
+    def test_batches(self):
+        """An epoch has each image once, with its label and teacher's answer, mixed as it is."""
+        seen, teacher = [], torch.arange(80.0).view(40, 2, 1).repeat(1, 1, 10)
+        for step in range(6):
+            x, y, targets, hints = self.batch(step, teacher)
+            index, mirrored = y[:, 0, 0, 0].long(), hints[:, 0] % 2 == 1
+            seen += index.tolist()
+            self.same(targets, F.one_hot(index % 10, 10).float())
+            self.same(hints[:, 0] // 2, index.float())
+            want = torch.where(mirrored[:, None, None, None], x[index].flip(3), x[index])
+            self.same(y, want.float())
+        self.assertEqual(sorted(seen[:40]), [*range(40)])
+        self.assertNotEqual(seen[:8], seen[40:])
+        teacher = torch.rand(40, 1, 10).repeat(1, 2, 1)
+        _, x, labels, plain = self.batch(teacher=teacher)
+        for how in (dict(mixup=0.8), dict(cutmix=0.8), dict(mixup=0.8, cutmix=0.8)):
+            _, y, targets, hints = self.batch(teacher=teacher, **how)
+            own = ((y - x.flip(0)) / (x - x.flip(0)))[:, 0].mean((1, 2))[:, None]
+            self.close(targets, own * labels + (1 - own) * labels.flip(0), 1e-5)
+            self.close(hints, own * plain + (1 - own) * plain.flip(0), 1e-5)
+
+    def test_objective(self):
+        """Smoothed labels; half a teacher's cross-entropy, times T^2; a teacher's answers."""
+        logits, hints = torch.randn(2, 6, 10).double()
+        y, hints = F.one_hot(torch.arange(6), 10).double(), hints.softmax(1)
+        log_p = logits.log_softmax(1)
+        loss = -((0.9 * y + 0.01) * log_p).sum(1).mean()
+        self.close(self.vit.objective(logits, y), loss, 1e-12)
+        soft = 16 * -(hints * (logits / 4).log_softmax(1)).sum(1).mean()
+        self.close(self.vit.objective(logits, y, hints, T=4.0), (loss + soft) / 2, 1e-12)
+        hard = -(hints * log_p).sum(1).mean()
+        self.close(self.vit.objective(logits, y, hints, T=0.0), (loss + hard) / 2, 1e-12)
+
+    def test_adamw(self):
+        """Every parameter once, with its layer's rate; only weights decay."""
+        model = self.model()
+        optimizer = self.vit.adamw(model, self.vit.Config(lr=1.0, layer_decay=0.5))
+        found = {p: group for group in optimizer.param_groups for p in group["params"]}
+        for name, p in model.named_parameters():
+            layer = dict(norm=3, head=3, blocks=1 + ("s.1" in name)).get(name.split(".")[0], 0)
+            vector = p.dim() == 1 or name in ("cls_token", "pos_embed")
+            self.assertEqual(
+                (found[p]["peak"], found[p]["weight_decay"]),
+                (0.5 ** (3 - layer), 0.0 if vector else 0.05),
+                name,
+            )
+
+    def test_update(self):
+        """The gradient is clipped and applied once; the average follows, norm's statistics too."""
+        c = self.vit.Config(warmup=0, ema=0.5, label_smoothing=0.0)
+        model = self.model(size=32, patch=8, conv_stem=True, pool="mean")
+        average, clone = (type(model)(**model.config) for _ in range(2))
+        before = {k: t.clone() for k, t in model.state_dict().items()}
+        average.load_state_dict(before)
+        clone.load_state_dict(before)
+        x, labels = torch.randint(0, 256, (8, 3, 32, 32)), torch.arange(8) % 5
+        optimizer = torch.optim.SGD([dict(params=model.parameters(), peak=0.1)])
+        batch = x, F.one_hot(labels, 5).float()
+        got, _ = self.vit.update(
+            c, model, model, average, optimizer, batch, 4, 10, contextlib.nullcontext()
+        )
+        loss = F.cross_entropy(clone.train()(self.vit.normalise(x, clone.stats)), labels)
+        loss.backward()
+        self.close(got, loss, 1e-5)
+        self.assertGreater(nn.utils.clip_grad_norm_(clone.parameters(), 1.0).item(), 1.0)
+        rate, decay = 0.05 * (1 + math.cos(math.pi * 0.4)), (4 + 1) / (4 + 10)
+        for k, p in clone.named_parameters():
+            self.close(model.state_dict()[k], before[k] - rate * p.grad, 1e-5, k)
+            self.assertIsNone(model.get_parameter(k).grad)
+        for k, t in model.state_dict().items():
+            if t.is_floating_point():
+                self.close(average.state_dict()[k], decay * before[k] + (1 - decay) * t, 1e-5, k)
+
+    def test_drop_path(self):
+        """Whole images lose a branch, others are scaled up; 1 gives zeros; deeper loses more."""
+        block, x = self.vit.Block(24, 3, 0.3).train(), torch.randn(20000, 2, 3)
+        y = block.drop_path(x)
+        kept = (y != 0).all(2).all(1)
+        self.assertAlmostEqual(kept.float().mean().item(), 0.7, delta=0.02)
+        self.close(y, kept[:, None, None] * x / 0.7, 1e-6)
+        self.same(block.eval().drop_path(x), x)
+        block.train().rate = 1.0
+        self.same(block.drop_path(x), torch.zeros_like(x))
+        blocks = self.model(depth=5, drop_path=0.4).blocks
+        self.close([b.rate for b in blocks], [0, 0.1, 0.2, 0.3, 0.4], 1e-6)
+
+    def test_rollout(self):
+        """Against torch's own attention weights; rows sum to 1."""
+        model, x = self.model(), torch.randn(2, 3, 12, 12)
+        got, y, identity = self.vit.rollout(model, x), model.tokens(x), torch.eye(10)
+        total = identity
+        for block in model.blocks:
+            theirs = nn.MultiheadAttention(24, 3, batch_first=True)
+            theirs.in_proj_weight, theirs.in_proj_bias = block.attn.qkv.parameters()
+            weights = theirs(*[block.norm1(y)] * 3)[1]  # (B, N, N), the mean over heads
+            total, y = 0.5 * (weights + identity) @ total, block(y)
+        self.close(got, total, 1e-5)
+        self.close(got.sum(2), torch.ones(2, 10), 1e-5)
+
+    def test_resume(self):
+        logits = np.random.default_rng(0).random((220, 2, 10), np.float32)
+        np.save(self.dir / "logits.npy", logits)
+        flags = [*self.tiny, "--teacher", self.dir / "logits.npy", "--temperature", 0]
+        self.resumes(
+            "vit",
+            "draw_batch",
+            6,
+            *flags,
+            "--trivial",
+            "--mixup",
+            0.8,
+            "--cutmix",
+            1,
+            "--ema",
+            0.9,
+            "--drop_path",
+            0.5,
+            "--layer_decay",
+            0.8,
+        )
+        a, b = (load(self.dir / out / "ckpt.pt") for out in ("whole", "parts"))
+        self.same(a["ema"], b["ema"])
+        with mock.patch.object(self.vit, "draw_batch", side_effect=KeyboardInterrupt) as draw:
+            self.assertRaises(KeyboardInterrupt, run, "vit", *flags, "--out", self.dir / "x")
+        self.same(draw.call_args.args[3], F.one_hot(torch.tensor(logits).argmax(2), 10).float())
+
+    def test_run(self):
+        """What a run leaves behind, and what starts from it; val 0."""
+        out = self.dir / "out"
+        run(
+            "vit",
+            *self.tiny,
+            "--out",
+            out,
+            "--lr",
+            0.01,
+            "--epochs",
+            4,
+            "--pool",
+            "cls",
+            "--ema",
+            0.5,
+        )
+        log, best, last = rows(out), load(out / "best.pt"), load(out / "ckpt.pt")
+        scores = [row["val_accuracy"] for row in log if "val_accuracy" in row]
+        self.assertEqual((len(scores), best["best"]), (8, max(scores)))
+        self.assertTrue({"loss", "lr", "seconds", "images_per_s", "pflop"} <= {*log[0]})
+        self.same(best["encoder"], {k: t for k, t in best["ema"].items() if "head" not in k})
+        model = self.vit.ViT(**last["encoder_config"]).eval()
+        for saved, n, seed, loss in (
+            (last, 1000, 2, log[-2]["val_loss"]),
+            (best, 2000, 3, log[-1]["test_loss"]),
+        ):
+            model.load_state_dict(saved["ema"])
+            x, y = self.vit.make_shapes(n, seed)
+            z = model.features(self.vit.normalise(x, model.stats))
+            self.assertAlmostEqual(loss, F.cross_entropy(model.head(z), y).item(), 5)
+        self.close(load(out / "features.pt")["test_z"], z, 1e-5)
+        again = self.vit.ViT.from_pretrained(out / "best.pt")
+        self.same(dict(again.state_dict()), dict(best["ema"]))
+        run(
+            "vit",
+            *self.tiny,
+            "--init",
+            out / "best.pt",
+            "--out",
+            self.dir / "b",
+            "--val",
+            0,
+            "--lr",
+            0,
+            "--image_size",
+            40,
+            "--epochs",
+            0.2,
+        )
+        after = load(self.dir / "b/ckpt.pt")
+        self.assertEqual([after["config"][k] for k in ("pool", "heads")], ["cls", 2])
+        self.assertEqual(after["model"]["pos_embed"].shape, (1, 26, 16))
+        self.assertFalse((self.dir / "b/best.pt").exists())
+
+    def test_refusals(self):
+        flags = [*self.tiny, "--out", self.dir / "out"]
+        run("vit", *flags, "--epochs", 0.5)
+        for name, value in dict(depth=3, pool="cls", lr=0.1, ema=0.9, image_size=40).items():
+            line = refused("vit", *flags, "--resume", f"--{name}", value)
+            self.assertRegex(line, f"made with --{name} ")
+        self.assertRegex(refused("vit", *flags, "--resume", "--epochs", 0.1), "is at step 3")
+        np.save(self.dir / "few.npy", np.zeros((3, 2, 10)))
+        for wrong, says in (
+            (["--patch_size", 5], "divide"),
+            (["--init", "no.pt"], "no.pt"),
+            (["--teacher", self.dir / "few.npy"], r"few.npy: .*3, 2, 10"),
+            (["--resume", "--out", self.dir / "none"], "none/ckpt.pt"),
+        ):
+            self.assertRegex(refused("vit", *flags, *wrong), says)
+        self.assertRegex(refused("vit", *flags, "--lr", 1e30), "loss is .* at step")
+
+    def test_learns(self):
+        run(
+            "vit",
+            *self.tiny,
+            "--dim",
+            64,
+            "--epochs",
+            30,
+            "--lr",
+            2e-3,
+            "--eval_every",
+            999,
+            "--log_every",
+            20,
+            "--batch_size",
+            20,
+            "--crop",
+            0,
+            "--out",
+            self.dir / "out",
+        )
+        last = [row["train_accuracy"] for row in rows(self.dir / "out")[-8:-2]]
+        self.assertGreater(np.mean(last), 0.5)
 
 
 def main():

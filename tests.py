@@ -1767,6 +1767,17 @@ class TestResNet(Case):
             self.assertAlmostEqual(group["peak"], 2000 * rate)
             self.assertAlmostEqual(group["peak"] * group["weight_decay"], 2e-6 * 2000)
 
+    def test_decay(self):
+        """SGD decays weights alone, and every parameter is in one group."""
+        model = self.resnet.convnext()
+        [sgd] = self.resnet.sgd_or_muon(model, self.resnet.Config(lr=0.3, weight_decay=0.01))
+        groups = {p: group for group in sgd.param_groups for p in group["params"]}
+        self.assertEqual(len(groups), len([*model.parameters()]))
+        for name, p in model.named_parameters():
+            decays = name.endswith("weight") and p.dim() > 1
+            self.assertEqual(groups[p]["weight_decay"], 0.01 if decays else 0, name)
+            self.assertEqual((groups[p]["peak"], groups[p]["nesterov"]), (0.3, True))
+
     def test_muon(self):
         """Filters of mean length 1, then a step whose singular values met the polynomial."""
         w = nn.Parameter(torch.randn(8, 3, 3, 3))

@@ -649,8 +649,10 @@ def train(c):
         optimizer.load_state_dict(saved["optimizer"])
         step, best, seconds = saved["step"], saved["best"], saved["seconds"]
     if step >= steps:
-        sys.exit(f"--epochs {c.epochs} are {steps} steps, but the run is at step {step}")
+        sys.exit(f"--epochs {c.epochs} means {steps} steps, but the run is at step {step}")
     start_log(c, step)
+    if step == 0:
+        (out / "best.pt").unlink(missing_ok=True)  # an older run's
     with FlopCounterMode(display=False) as counter:
         predict(raw, test[0][:1], c, autocast)
     flop = 3 * counter.get_total_flops()  # an image; backward is twice as much as forward

@@ -1827,7 +1827,7 @@ class TestResNet(Case):
             self.assertEqual(r.from_pretrained("resnet18", 10).stats, r.IMAGENET_STATS)
         self.assertTrue(get.call_args.args[0].endswith("org/models/resnet18-f37072fd.pth"))
         self.assertTrue(get.call_args.kwargs["check_hash"])
-        run("resnet", "--out", self.dir / "a", *self.tiny, "--norm", "layer")
+        run("resnet", "--out", self.dir / "a", *self.tiny, "--plain")
         best = self.dir / "a" / "best.pt"
         run("resnet", "--out", self.dir / "b", *self.tiny, "--init", best, "--freeze")
         before, after = load(best)["model"], load(self.dir / "b" / "best.pt")
@@ -1838,7 +1838,7 @@ class TestResNet(Case):
         found = r.from_pretrained(
             self.dir / "b" / "best.pt"
         )  # a checkpoint knows what it holds
-        self.same([found.config["norm"], after["config"]["arch"]], ["layer", "resnet20"])
+        self.same([found.config["plain"], after["config"]["arch"]], [True, "resnet20"])
         run("resnet", "--out", self.out, *self.fast)
         self.assertIsInstance(r.from_pretrained(self.out / "best.pt"), r.FastNet)
 

@@ -16,7 +16,7 @@ augmentation [3-5], weights from elsewhere (--init) or a teacher's answers [2, 8
     python vit.py --data cifar10 --patch_size 4 --teacher logits.npy  # of resnet.py --save_logits
 
 What to expect (torch 2.13.0; assets/logs/vit/):
-- python vit.py: test accuracy 70.7% on shapes, in two minutes on one core of an AMD EPYC (bfloat16)
+- python vit.py: test accuracy 70.7% on shapes after 97 s on one core of an AMD EPYC in bfloat16
 - the second command: 71.3% of a JPEG copy's test images (three points below the original), by an
   earlier version; the third: 82.5%, on an H200 (n = 1 each)
 
@@ -723,6 +723,8 @@ def test_once(c, model, train_split, test, autocast, **row):
     save(f"{c.out}/features.pt", state)
     if find_spec("matplotlib"):
         draw_attention(c, model, test[0][:10])
+    else:
+        print("for attention.png: pip install matplotlib")
 
 
 def make_parser():

@@ -346,8 +346,7 @@ class FilterMuon(torch.optim.Optimizer):
 
 
 def newton_schulz(g, steps=5):
-    """About U V^T of g = U S V^T. A step does s <- a s + b s^3 + c s^5 to every singular value s.
-    Five steps take those above .002 of g's norm to between .68 and 1.21, smaller ones to less."""
+    """About U V^T of g = U S V^T: a step does s <- a s + b s^3 + c s^5 to each singular value s."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = g.bfloat16() if g.is_cuda else g.float()
     if g.size(0) > g.size(1):

@@ -5,7 +5,7 @@ processed on its own (MLP). The loss is the cross-entropy of the next token [1, 
 model appends each token that it samples. To fine-tune it, go on with the same loss on other text.
 
     python gpt2.py                                    # offline: Python's standard library
-    python gpt2.py --sample_only --prompt "def add("  # by the model that this leaves behind
+    python gpt2.py --sample_only --prompt "def add("  # from the model just trained
     python gpt2.py --data shakespeare --out out/shakespeare
     python gpt2.py --init gpt2 --sample_only --prompt "The meaning of life is"
     python gpt2.py --init gpt2 --data my.jsonl --block_size 512 --out out/tuned
@@ -14,8 +14,8 @@ What to expect (torch 2.13.0, one core of an AMD EPYC, fp32, n = 1; logs in asse
 - python gpt2.py: val loss 1.312 on Python 3.11's library after 118 s of training
 - Shakespeare by bytes, --steps 2000: 1.560 after 128 s. nanoGPT's setting for CPUs ends at 1.902
 - 500 steps on Shakespeare: Muon 1.776, AdamW 1.998, Lion 2.038, Sophia 2.092, Adam 2.467 (n = 3)
-Rotary positions [3] and Muon [9] are the defaults, though newer than GPT-2. Closest to [1] is
---pos learned --tokenizer gpt2 --optimizer adamw --weight_decay 0.01 --dropout 0.1.
+Rotary positions [3] and Muon [9] are newer than GPT-2. GPT's own choices ([2] states few) are
+--pos learned --tokenizer gpt2 --optimizer adamw --weight_decay 0.01 --dropout 0.1 --lr 2.5e-4.
 
 [1] Radford et al. 2018, GPT  [2] Radford et al. 2019, GPT-2  [3] RoFormer, arXiv 2104.09864v5
 [4] GQA, arXiv 2305.13245v3  [5] Adam, arXiv 1412.6980v9  [6] AdamW, arXiv 1711.05101v3
@@ -80,7 +80,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=None,
                  generator=None):
-        """Append max_new_tokens to idx (B, T). After `stop` a row is filled up; if all are, end."""
+        """Append up to max_new_tokens to idx (B, T). A row that has sampled stop repeats it."""
         c, cached = self.config, 0
         done = torch.zeros_like(idx[:, :1], dtype=torch.bool)  # (B, 1)
         cache = self.lm_head.weight.new_zeros(  # keys and values of the tokens so far
@@ -191,7 +191,7 @@ class CausalSelfAttention(nn.Module):
         if self.rope:
             q, k = rotate(q, start), rotate(k, start)
         if cache is not None:  # (2, B, H_kv, block_size, D)
-            assert start == 0 or T == 1, "behind a cache that isn't empty, one token at a time"
+            assert start == 0 or T == 1, "after the prompt, pass one token at a time"
             cache[:, :, :, start:start + T] = torch.stack((k, v))
             k, v = cache[:, :, :, :start + T].unbind(0)  # (B, H_kv, start + T, D)
         # is_causal hides key j from query i < j; enable_gqa lets query heads share a key head [4]
@@ -216,8 +216,8 @@ CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_
 
 
 def load_safetensors(path):
-    """GPTConfig's arguments and the weights. A file: a header's length, a JSON header, the data."""
-    raw, state = np.memmap(path, np.uint8, mode="c"), {}  # c: read from disk as needed
+    """GPTConfig's arguments and the weights. Layout: length of header, JSON header, data."""
+    raw, state = np.memmap(path, np.uint8, mode="c"), {}  # c: copy-on-write
     start = 8 + int.from_bytes(raw[:8].tobytes(), "little")
     for name, entry in json.loads(raw[8:start].tobytes()).items():
         if not name.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight", "__metadata__")):
@@ -272,7 +272,7 @@ class SophiaG(DecayingOptimizer):
     settings = dict(betas=(0.965, 0.99), rho=0.04)
 
     def update_hessian(self, logits):
-        """h <- beta2 h + (1 - beta2) N g^2 ([8] Alg. 2): g of labels drawn from logits (N, V)."""
+        """h <- beta2 h + (1 - beta2) N g^2 ([8] Alg. 2), g of labels sampled from logits (N, V)."""
         labels = torch.multinomial(logits.detach().softmax(dim=-1), 1).squeeze(1)  # (N,)
         F.cross_entropy(logits, labels).backward()
         for group in self.param_groups:
@@ -288,7 +288,7 @@ class SophiaG(DecayingOptimizer):
 
 class Muon(DecayingOptimizer):
     """Muon [9]: momentum, made orthogonal, so that rare directions move as far as common ones. For
-    the matrices of hidden layers. A group's split=[rows, ...] makes three of a fused qkv."""
+    the matrices of hidden layers. split=[rows, ...] treats a fused qkv as three matrices."""
     settings = dict(momentum=0.95, split=None)
 
     def add_param_group(self, group):
@@ -329,9 +329,9 @@ def make_optimizers(model, c):
     groups = [dict(params=matrices, weight_decay=c.weight_decay), dict(params=vectors)]
     if c.optimizer in ("lion", "sophia"):
         return [(Lion if c.optimizer == "lion" else SophiaG)(groups, c.lr)]
-    # AdamW [6]: u = m / (sqrt(v) + eps). In Adam [5] g <- g + wd w, and so sqrt(v) divides it too
+    # AdamW [6]: u = m / (sqrt(v) + eps). Adam with L2 adds wd w to g: sqrt(v) then divides it too
     kind = torch.optim.Adam if c.optimizer == "adam" else torch.optim.AdamW
-    adam = kind(groups, 0.006 if hidden else c.lr, (0.9, c.beta2), weight_decay=0.0, fused=True)
+    adam = kind(groups, c.lr / 5 if hidden else c.lr, (0.9, c.beta2), weight_decay=0.0, fused=True)
     return [Muon(hidden, c.lr, weight_decay=c.weight_decay), adam] if hidden else [adam]
 
 
@@ -343,7 +343,7 @@ def learning_rate(step, peak, warmup, steps):
     return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-# ---- Data: lists of token ids and of labels, which are the ids again, or -100 for a prompt's
+# ---- Data: lists of token ids and of labels. Labels are the ids, but -100 for prompts: no loss
 SHAKESPEARE = "https://github.com/karpathy/char-rnn/raw/master/data/tinyshakespeare/input.txt"
 LEARNING_RATES = dict(muon=0.03, adamw=0.008, adam=0.016, lion=0.002, sophia=0.001)  # README.md
 CHOICES = dict(tokenizer=("bytes", "gpt2"), pos=("learned", "rope"), optimizer=LEARNING_RATES,
@@ -369,7 +369,7 @@ def load_data(c, tokenizer):
     elif path.suffix.lower() == ".jsonl":
         for line in filter(str.strip, path.read_text(encoding="utf-8-sig").split("\n")):
             row = json.loads(line)
-            prompt = row["prompt"] if "prompt" in row else row["instruction"] + row.get("input", "")
+            prompt = row.get("prompt") or f"{row['instruction']}\n\n{row.get('input', '')}".strip()
             answer = row["response"] if "response" in row else row["output"]
             prompt, answer = encode(TEMPLATE.format(prompt)), encode(answer) + stop
             ids += prompt + answer
@@ -388,7 +388,7 @@ def load_data(c, tokenizer):
 
 
 def get_batch(data, starts, c):
-    """Inputs x (B, T) and targets y (B, T), the labels one place behind, in windows at starts."""
+    """Inputs x (B, T) from each start, and targets y (B, T): the labels one place further on."""
     (ids, labels), T = data, c.block_size
     x = np.stack([ids[i:i + T] for i in starts]).astype(np.int64)
     y = np.stack([labels[i + 1:i + 1 + T] for i in starts]).astype(np.int64)
@@ -398,7 +398,7 @@ def get_batch(data, starts, c):
 # ---- Evaluation, samples, training
 @torch.no_grad()
 def evaluate(model, data, c, autocast):
-    """Mean loss, nats per token, over windows that don't overlap: at most some 131,072 tokens."""
+    """Mean loss, nats per token, over windows that don't overlap: 131,072 tokens or up to twice."""
     model.eval()
     starts = range(0, len(data[0]) - c.block_size, c.block_size)
     starts = starts[::max(1, len(starts) * c.block_size // 2**17)]
@@ -426,7 +426,7 @@ class Config:
     data_dir: str = "data"  # where downloads land
     out: str = "out/gpt2"
     tokenizer: str = "bytes"
-    init: str = ""  # gpt2, ..., gpt2-xl or a path: its shape and tokenizer override the flags
+    init: str = ""  # gpt2, ..., gpt2-xl or a path: overrides the shape, except for block_size
     n_layer: int = 3
     n_head: int = 3
     n_kv_head: int = 0  # 0: n_head
@@ -488,7 +488,7 @@ def save(path, state):
 def training_step(model, optimizers, data, c, step, autocast):
     """One update; returns this rank's loss. N ranks read what one would with N times grad_accum."""
     model.train()
-    torch.manual_seed(c.seed * 1_000_003 + step * WORLD + RANK)  # dropout, Sophia
+    torch.manual_seed(c.seed * 1_000_003 + step * WORLD + RANK)  # for dropout and Sophia's labels
     rng = np.random.default_rng((c.seed, step))
     starts = rng.integers(len(data[0]) - c.block_size, size=(c.grad_accum, WORLD, c.batch_size))
     batches = [get_batch(data, row, c) for row in starts[:, RANK]]
@@ -501,7 +501,7 @@ def training_step(model, optimizers, data, c, step, autocast):
         torch.distributed.all_reduce(tokens)
     total = 0.0
     for x, y in batches:
-        with autocast:  # a mean over all targets of the step; times WORLD: DDP averages the ranks'
+        with autocast:  # sum of losses / targets of all ranks; times WORLD undoes DDP's averaging
             loss = model(x, y)[1] * ((y >= 0).sum() / tokens.clamp(min=1) * WORLD)
         loss.backward()
         total += loss.item()
@@ -526,8 +526,8 @@ def train(c):
     if WORLD > 1:
         torch.distributed.init_process_group()  # NCCL, and gloo on a CPU
     torch.manual_seed(c.seed)
-    if c.init:  # raw: neither compiled nor wrapped
-        raw = GPT.from_pretrained(c.init, c.data_dir, c.dropout)
+    if c.init:
+        raw = GPT.from_pretrained(c.init, c.data_dir, c.dropout)  # before compile and DDP
     else:
         raw = GPT(GPTConfig(c.block_size, dict(bytes=257, gpt2=50257)[c.tokenizer], c.n_layer,
                             c.n_head, c.n_embd, c.n_kv_head, c.pos, c.dropout))
@@ -538,7 +538,7 @@ def train(c):
     optimizers = make_optimizers(raw.to(c.device), c)
     step, best, seconds = 0, math.inf, 0.0
     if c.resume:
-        saved = torch.load(c.init, c.device, weights_only=True)
+        saved = torch.load(f"{c.out}/ckpt.pt", c.device, weights_only=True)
         for optimizer, state in zip(optimizers, saved["optimizer"], strict=True):
             optimizer.load_state_dict(state)
         step, best, seconds = saved["step"], saved["best"], saved["seconds"]

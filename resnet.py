@@ -1,8 +1,8 @@
 r"""ResNet: networks a hundred layers deep that train, since each block learns only what to add.
 
-From some depth on a plain stack of convolutions gets worse when it gets deeper, on the training
-images too. With a shortcut around every two or three of them, y = f(x) + x, that is mended [1]: a
-block with nothing to add can leave f at 0. The family keeps the shortcut and changes f.
+From some depth on, a plain stack of convolutions gets worse when it gets deeper, on the training
+images too. A shortcut around every two or three of them, y = f(x) + x, mends that [1]: a block with
+nothing to add can leave f at 0. The family keeps the shortcut and changes f.
 
     BasicBlock     two 3x3 convolutions [1]
     Bottleneck     1x1, 3x3 on fewer channels, 1x1: more depth for the compute [1]; with the 3x3 in
@@ -12,26 +12,22 @@ block with nothing to add can leave f at 0. The family keeps the shortcut and ch
     MBConv         wide inside, where each channel is convolved alone (EfficientNet [6])
     ConvNeXtBlock  7x7 on each channel, then an MLP: a Transformer's block in convolutions [7]
 
-    python resnet.py                                           # offline: shapes that it draws
-    python resnet.py --data cifar10 --epochs 30 --batch_size 128
-    python resnet.py --data cifar10 --arch fast --val 0        # the most accuracy for the compute
-    python resnet.py --data cifar10 --figure6 --epochs 4 --lr 0.05 --log_every 50
-    python resnet.py --data cifar10 --landscape out/resnet/plain56/best.pt
-    python resnet.py --data cifar10 --init resnet18 --image_size 128 --lr 0.01 --epochs 3
+    python resnet.py                                         # offline: shapes that it draws
+    python resnet.py --data cifar10 --arch plain56           # without shortcuts
+    python resnet.py --data cifar10 --arch fast --val 0      # the most accuracy for the compute
+    python resnet.py --data cifar10 --init resnet18 --image_size 128 --lr 0.01  # transfer
 
 What to expect (CIFAR-10 as a JPEG copy, three points below the original; assets/logs/resnet/):
 - python resnet.py: test accuracy 95.1% after 65 s on one core of an AMD EPYC in bfloat16
-- --arch fast: 89.9%, 90.8% over six views, as airbench94 itself, for 0.284 PFLOP (6 x multiply-adds
-  x images); n = 10, on an H200
+- --arch fast: 89.9%, 90.8% over six views, as airbench94 itself, for 0.284 PFLOP; n = 10, H200
 - four epochs, plain: 71.3% with 20 layers, 39.9% with 56; residual: 76.8%, 72.8% (n = 1)
 
 Differs from [1]: Nesterov momentum, a cosine instead of steps, decay on weights only, one mean and
-std per channel, crops with reflected borders, batches of 64, the best epoch on validation images; a
-bottleneck's stride is in its 3x3 convolution (torchvision's "v1.5").
+std per channel, reflected borders, the best epoch on validation images, torchvision's "v1.5".
 
 [1] ResNet, arXiv 1512.03385v1  [2] Kaiming init, 1502.01852v1  [3] ResNeXt, 1611.05431v2
 [4] Identity mappings, 1603.05027v3  [5] Wide ResNet, 1605.07146v4  [6] EfficientNet, 1905.11946v5
-[7] ConvNeXt, 2201.03545v2  [8] Loss landscape, 1712.09913v3  [9] airbench, 2404.00498v2
+[7] ConvNeXt, 2201.03545v2  [8] airbench, 2404.00498v2
 """
 
 import argparse
@@ -39,7 +35,6 @@ import dataclasses
 import json
 import math
 import os
-import sys
 import tarfile
 import time
 from functools import partial
@@ -49,27 +44,26 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 # Shapes: B batch, C channels, N images; images are (B, 3, H, W), uint8 until normalised
 
 
-class ResNet(nn.Module):
+class ResNet(nn.Sequential):
     """images (B, 3, H, W) -> logits (B, num_classes). stages: (block, width, depth, stride) each.
+    Names are torchvision's. stem, to C channels: imagenet (7x7, stride 2, max-pool), cifar (3x3),
+    preact (norm and ReLU come last instead) or convnext (no ReLU; a norm comes last too)."""
 
-    Parameters are named as in torchvision. stem: imagenet (7x7, stride 2, max-pool), cifar (3x3),
-    preact (norm and ReLU come after the last block instead), convnext (no ReLU; a norm there too).
-    shortcut: see make_shortcut; norm: batch, layer or none."""
-
-    def __init__(self, stages, num_classes=10, stem="cifar", stem_width=16, shortcut="B",
-                 norm="batch"):
+    def __init__(self, stages, num_classes=10, stem="cifar", C=16, shortcut="B", norm="batch"):
         super().__init__()
         make_norm = NORMS[norm]
-        self.stem, self.num_stages = stem, len(stages)
         self.stats = IMAGENET_STATS if stem == "imagenet" else CIFAR10_STATS
-        self.conv1 = conv(3, stem_width, 7, 2) if stem == "imagenet" else conv(3, stem_width, 3)
-        self.bn1 = nn.Identity() if stem == "preact" else make_norm(stem_width)
-        C = stem_width
+        self.conv1 = conv(3, C, 7, 2) if stem == "imagenet" else conv(3, C, 3)
+        if stem != "preact":
+            self.bn1 = make_norm(C)
+        if stem in ("imagenet", "cifar"):
+            self.relu = nn.ReLU()
+        if stem == "imagenet":
+            self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         for i, (block, width, depth, stride) in enumerate(stages, 1):
             layer = nn.Sequential()
             for _ in range(depth):
@@ -77,32 +71,25 @@ class ResNet(nn.Module):
                 layer.append(block(C, width, stride, make_norm, around))
                 C, stride = width, 1
             self.add_module(f"layer{i}", layer)
-        self.bn_last = make_norm(C) if stem in ("preact", "convnext") else nn.Identity()
+        if stem in ("preact", "convnext"):
+            self.bn_last = make_norm(C)
+        if stem == "preact":
+            self.relu = nn.ReLU()
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.flatten = nn.Flatten()
         self.fc = nn.Linear(C, num_classes)
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                # gradients, which each ReLU halves, keep their variance ([2] eq. 14)
+            if isinstance(module, nn.Conv2d):  # gradients keep their variance ([2] eq. 14)
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def features(self, x):
         """What the last layer reads, (B, C)."""
-        x = self.bn1(self.conv1(x))
-        if self.stem in ("imagenet", "cifar"):
-            x = F.relu(x)
-        if self.stem == "imagenet":
-            x = F.max_pool2d(x, 3, stride=2, padding=1)
-        for i in range(self.num_stages):
-            x = getattr(self, f"layer{i + 1}")(x)  # (B, width, H / stride, W / stride)
-        x = self.bn_last(x)
-        if self.stem == "preact":
-            x = F.relu(x)
-        return x.mean(dim=(2, 3))
-
-    def forward(self, x):
-        return self.fc(self.features(x))
+        for layer in list(self)[:-1]:
+            x = layer(x)
+        return x
 
 
-# ---- Parts of blocks
+# ---- Blocks: x (B, C_in, H, W) -> (B, C, H / stride, W / stride)
 
 def conv(C_in, C, size, stride=1, groups=1):
     """A convolution that keeps height and width, or divides them by the stride."""
@@ -116,19 +103,17 @@ class LayerNorm2d(nn.LayerNorm):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-# batch norm's trap: it trains with a batch's mean and variance, noisy if the batch is small, and is
-# evaluated with their running averages
+# batch norm is trained with a batch's mean and variance, evaluated with their running averages
 NORMS = dict(batch=nn.BatchNorm2d, layer=partial(LayerNorm2d, eps=1e-6), none=nn.Identity)
 
 
 def make_shortcut(kind, C_in, C, stride, make_norm):
     """What stands beside a block: x itself, where it fits, else what makes it fit ([1] 3.3)."""
-    if kind == "plain":  # nothing, ever
-        return no_shortcut
-    if stride == 1 and C_in == C:
+    fits = stride == 1 and C_in == C
+    if kind == "plain" or (kind == "none" and not fits):
+        return lambda x: 0.0
+    if fits:
         return nn.Identity()
-    if kind == "none":
-        return no_shortcut
     if kind == "A":  # every stride-th pixel, and channels of zeros, the first axis of (C, H, W)
         new = (C - C_in) // 2
         return nn.Sequential(nn.AvgPool2d(1, stride), nn.ZeroPad3d((0, 0, 0, 0, new, new)))
@@ -139,12 +124,6 @@ def make_shortcut(kind, C_in, C, stride, make_norm):
         projection.append(make_norm(C))
     return projection
 
-
-def no_shortcut(x):
-    return 0.0
-
-
-# ---- Blocks: x (B, C_in, H, W) -> (B, C, H / stride, W / stride)
 
 class BasicBlock(nn.Module):
     """y = relu(f(x) + x), with f of two 3x3 convolutions ([1] Figure 5 left)."""
@@ -162,8 +141,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1 to `ratio` C channels, 3x3 among them, 1x1 back ([1] Figure 5 right). The ratio is 1/4 in
-    ResNet, 1/2 in ResNeXt-50 32x4d. In groups, a channel sees only those of its group [3]."""
+    """1x1 to `ratio` C channels, 3x3 (in groups: [3]), 1x1 back ([1] Figure 5 right)."""
 
     def __init__(self, C_in, C, stride, make_norm, shortcut, ratio=0.25, groups=1):
         super().__init__()
@@ -181,8 +159,7 @@ class Bottleneck(nn.Module):
 
 
 class PreActBlock(nn.Module):
-    """Norm and ReLU before each convolution and nothing after the sum, so that x itself passes from
-    block to block [4]. A projection reads what the convolutions read."""
+    """Nothing after the sum: x passes from block to block [4]. A projection reads relu(norm(x))."""
 
     def __init__(self, C_in, C, stride, make_norm, shortcut):
         super().__init__()
@@ -198,8 +175,7 @@ class PreActBlock(nn.Module):
 
 
 class MBConv(nn.Module):
-    """Wide inside: 1x1 to `ratio` C_in channels, a convolution of each channel alone, a weight for
-    each channel (squeeze-and-excitation), 1x1 to C. No activation where it is narrow [6]."""
+    """1x1 to `ratio` C_in channels, each convolved alone and weighted, 1x1 to C alone [6]."""
 
     def __init__(self, C_in, C, stride, make_norm, shortcut, ratio=6, size=3):
         super().__init__()
@@ -221,15 +197,14 @@ class MBConv(nn.Module):
 
 
 class ConvNeXtBlock(nn.Module):
-    """A 7x7 convolution of each channel, then an MLP at each pixel, with a single norm [7]. Layer
-    scale, gamma, lets a block begin near the identity; [7], which trains for long, has 1e-6."""
+    """x + gamma f(x), gamma small at first [7]: here .1, for short runs; 1e-6 in the paper."""
 
-    def __init__(self, C_in, C, stride, make_norm, shortcut, gamma=0.1):
+    def __init__(self, C_in, C, stride, make_norm, shortcut):
         super().__init__()
         self.branch = nn.Sequential(
             nn.Conv2d(C, C, 7, padding=3, groups=C), make_norm(C),
             nn.Conv2d(C, 4 * C, 1), nn.GELU(), nn.Conv2d(4 * C, C, 1))
-        self.gamma = nn.Parameter(torch.full((C,), gamma))
+        self.gamma = nn.Parameter(torch.full((C,), 0.1))
         self.downsample = shortcut
 
     def forward(self, x):
@@ -239,140 +214,126 @@ class ConvNeXtBlock(nn.Module):
 
 # ---- Networks
 
-def imagenet_resnet(block, expansion, depths, num_classes=1000, stem="imagenet", width=64, **more):
-    """Four stages, of width, 2 width, 4 width and 8 width channels times the block's expansion."""
-    widths = [expansion * width * 2**i for i in range(4)]
-    stages = list(zip([block] * 4, widths, depths, (1, 2, 2, 2), strict=True))
+def stack(block, times, depths, num_classes=1000, stem="imagenet", width=64, **more):
+    """Stages of times width, 2 times width, ... channels, each next half as high."""
+    stages = [(block, times * width * 2**i, depth, 1 if i == 0 else 2)
+              for i, depth in enumerate(depths)]
     return ResNet(stages, num_classes, stem, width, **more)
 
 
-resnet18 = partial(imagenet_resnet, BasicBlock, 1, (2, 2, 2, 2))
-resnet34 = partial(imagenet_resnet, BasicBlock, 1, (3, 4, 6, 3))
-resnet50 = partial(imagenet_resnet, Bottleneck, 4, (3, 4, 6, 3))
-resnet101 = partial(imagenet_resnet, Bottleneck, 4, (3, 4, 23, 3))
-resnet152 = partial(imagenet_resnet, Bottleneck, 4, (3, 8, 36, 3))
-resnext50_32x4d = partial(imagenet_resnet, partial(Bottleneck, ratio=0.5, groups=32), 4,
-                          (3, 4, 6, 3))
-wide_resnet50_2 = partial(imagenet_resnet, partial(Bottleneck, ratio=0.5), 4, (3, 4, 6, 3))
+resnet18 = partial(stack, BasicBlock, 1, (2, 2, 2, 2))
+resnet34 = partial(stack, BasicBlock, 1, (3, 4, 6, 3))
+resnet50 = partial(stack, Bottleneck, 4, (3, 4, 6, 3))
+resnet101 = partial(stack, Bottleneck, 4, (3, 4, 23, 3))
+resnet152 = partial(stack, Bottleneck, 4, (3, 8, 36, 3))
+resnext50_32x4d = partial(stack, partial(Bottleneck, ratio=0.5, groups=32), 4, (3, 4, 6, 3))
+wide_resnet50_2 = partial(stack, partial(Bottleneck, ratio=0.5), 4, (3, 4, 6, 3))
+resnext29 = partial(stack, partial(Bottleneck, ratio=0.5, groups=8), 3, (3, 3, 3), num_classes=10,
+                    stem="cifar", width=16)
+convnext = partial(stack, ConvNeXtBlock, 1, (1, 1, 3), num_classes=10, stem="convnext", width=32,
+                   shortcut="convnext", norm="layer")
 
 
-def cifar_resnet(depth, num_classes=10, block=BasicBlock, width=16, **more):
-    """[1] 4.2, for 32x32 pixels: three stages of width, 2 width and 4 width channels, of n blocks
-    each if the depth is 6 n + 2."""
+def cifar_resnet(depth, num_classes=10, shortcut="A", **more):
+    """[1] 4.2: stages of 16, 32 and 64 channels, of n blocks each if the depth is 6 n + 2."""
     assert depth % 6 == 2, f"depth {depth}: want 6 n + 2"
-    stages = [(block, width * 2**i, depth // 6, 1 if i == 0 else 2) for i in range(3)]
-    return ResNet(stages, num_classes, **{"shortcut": "A", **more})
+    depths = [depth // 6] * 3
+    return stack(BasicBlock, 1, depths, num_classes, "cifar", 16, shortcut=shortcut, **more)
 
 
 def wrn(depth, width, num_classes=10, **more):
     """Wide ResNet [5]: depth 6 n + 4, `width` times as wide."""
     assert depth % 6 == 4, f"depth {depth}: want 6 n + 4"
-    return cifar_resnet(depth - 2, num_classes, PreActBlock, 16 * width, stem="preact",
-                        **{"shortcut": "conv", **more})
+    depths = [depth // 6] * 3
+    return stack(PreActBlock, width, depths, num_classes, "preact", 16, shortcut="conv", **more)
 
 
-def efficientnet_b0(num_classes=10, **more):
+def efficientnet_b0(num_classes=10):
     """EfficientNet-B0's blocks [6] between this file's stem and head, which leaves 2x2 pixels."""
-    table = [(1, 3, 16, 1, 1), (6, 3, 24, 2, 2), (6, 5, 40, 2, 2), (6, 3, 80, 3, 2),
-             (6, 5, 112, 3, 1), (6, 5, 192, 4, 2), (6, 3, 320, 1, 1)]
-    stages = [(partial(MBConv, ratio=ratio, size=size), *rest) for ratio, size, *rest in table]
-    return ResNet(stages, num_classes, stem_width=32, **{"shortcut": "none", **more})
+    stages = [(partial(MBConv, ratio=1), 16, 1, 1)]
+    for size, *stage in ((3, 24, 2, 2), (5, 40, 2, 2), (3, 80, 3, 2),
+                         (5, 112, 3, 1), (5, 192, 4, 2), (3, 320, 1, 1)):
+        stages.append((partial(MBConv, size=size), *stage))
+    return ResNet(stages, num_classes, C=32, shortcut="none")
 
 
-def convnext(num_classes=10, **more):
-    """ConvNeXt's blocks [7], few and narrow, behind a stem without stride; it has layer norm."""
-    stages = [(ConvNeXtBlock, 32, 1, 1), (ConvNeXtBlock, 64, 1, 2), (ConvNeXtBlock, 128, 3, 2)]
-    more = {"shortcut": "convnext", **more, "norm": "layer"}
-    return ResNet(stages, num_classes, stem="convnext", stem_width=32, **more)
-
-
-# ---- The fast network: airbench94_muon.py of [9]'s authors
-
-class FastNet(ResNet):
-    """Filters that whiten 2x2 patches, then six convolutions: 118 million multiply-adds. Of the
-    norms only biases are learned. No shortcuts: so shallow a network is better without them."""
+class FastNet(nn.Module):
+    """airbench94 [8]: a layer that whitens 2x2 patches, then six convolutions. Of norms only biases
+    are learned. No shortcuts: so shallow a network is better without them."""
 
     def __init__(self, num_classes=10):
-        nn.Module.__init__(self)  # not ResNet's
+        super().__init__()
         self.stats = CIFAR10_STATS
         self.conv1 = nn.Conv2d(3, 24, 2)
+        self.conv1.weight.requires_grad_(False)
         self.groups = nn.Sequential()
         for C_in, C in ((24, 64), (64, 256), (256, 256)):
             self.groups.extend([
                 conv(C_in, C, 3), nn.MaxPool2d(2), nn.BatchNorm2d(C, momentum=0.4), nn.GELU(),
                 conv(C, C, 3), nn.BatchNorm2d(C, momentum=0.4), nn.GELU()])
-        self.fc = nn.Linear(256, num_classes, bias=False)
-        self.fc.weight.data /= self.fc.weight.std()
-        self.conv1.weight.requires_grad_(False)
         for layer in self.groups:
             if isinstance(layer, nn.Conv2d):
                 nn.init.dirac_(layer.weight[:layer.in_channels].data)  # these copy their input
             if isinstance(layer, nn.BatchNorm2d):
                 layer.weight.requires_grad_(False)
+        self.fc = nn.Linear(256, num_classes, bias=False)
+        self.fc.weight.data /= self.fc.weight.std()
 
     @torch.no_grad()
-    def whiten(self, images, eps=5e-4):
-        """Make the first filters the eigenvectors of the second moments of 2x2 patches of images
-        (B, 3, H, W), scaled to outputs of about unit size, and the negatives of these."""
+    def whiten(self, images):
+        """Let the first filters, and their negatives, whiten 2x2 patches of images (B, 3, H, W)."""
         patches = F.unfold(images, 2).transpose(1, 2).reshape(-1, 12).double()
         values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))  # in columns
-        filters = (vectors / (values + eps).sqrt()).T.reshape(12, 3, 2, 2)
+        filters = (vectors / (values + 5e-4).sqrt()).T.reshape(12, 3, 2, 2)
         self.conv1.weight.copy_(torch.cat((filters, -filters)))
 
     def features(self, x):
         x = self.groups(F.gelu(self.conv1(x)))  # (B, 256, 3, 3)
         return x.amax(dim=(2, 3)) / x.size(1)  # small, so that the first logits are
 
+    def forward(self, x):
+        return self.fc(self.features(x))
 
-class FilterMuon(torch.optim.Optimizer):
-    """Muon for filters in front of a norm. Their length changes no output, only how far a step
-    turns them. So before a step they are scaled until the root mean square of a tensor's is 1."""
 
-    def __init__(self, params, lr=0.24, momentum=0.6):
-        super().__init__(params, dict(lr=lr, momentum=momentum))
+class FilterMuon(torch.optim.SGD):
+    """SGD that turns gradients of its first group, filters in front of a norm, into Muon's updates.
+    A filter's length changes no output there, only how far a step turns it, so it is kept at 1."""
 
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups:
-            for w in group["params"]:  # (C_out, C_in, 3, 3)
-                state = self.state[w]
-                if not state:
-                    state["momentum"] = torch.zeros_like(w)
-                m = state["momentum"].mul_(group["momentum"]).add_(w.grad)  # m <- mu m + g
-                update = w.grad.add(m, alpha=group["momentum"])  # Nesterov: g + mu m
-                w.mul_(len(w) ** 0.5 / w.norm())
-                update = newton_schulz(update.flatten(1), steps=3).view_as(w)
-                w.sub_(update, alpha=group["lr"])
+        mu = 0.6
+        a, b, c = 3.4445, -4.7750, 2.0315
+        for w in self.param_groups[0]["params"]:  # (C_out, C_in, 3, 3)
+            m = self.state[w].setdefault("muon", torch.zeros_like(w))
+            m.mul_(mu).add_(w.grad)  # m <- mu m + g
+            g = w.grad.add(m, alpha=mu).flatten(1)  # Nesterov: g + mu m
+            x = g.bfloat16() if g.is_cuda else g
+            x = x / (x.norm() + 1e-7)  # no singular value above 1
+            for _ in range(3):  # U S V^T -> about U V^T: s <- a s + b s^3 + c s^5
+                gram = x @ x.mT
+                x = a * x + (b * gram + c * gram @ gram) @ x
+            w.grad = x.view_as(w).type_as(w)
+            w.mul_(len(w) ** 0.5 / w.norm())  # mean square of the filters' lengths: 1
+        super().step()
 
 
-def newton_schulz(g, steps=5):
-    """About U V^T of g = U S V^T: a step does s <- a s + b s^3 + c s^5 to each singular value s."""
-    a, b, c = 3.4445, -4.7750, 2.0315
-    x = g.bfloat16() if g.is_cuda else g.float()
-    if g.size(0) > g.size(1):
-        x = x.mT  # so that x x^T is the smaller square
-    x = x / (x.norm() + 1e-7)  # no singular value above 1
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.mT if g.size(0) > g.size(1) else x).type_as(g)
-
-
-def sgd_or_muon(model, c):
-    """The optimizers: SGD with decay on weights alone; for a FastNet, Muon for its filters, and SGD
-    with rates of its own. A group's peak is its highest rate."""
+def make_sgd(model, c):
+    """SGD with decay on weights alone; for a FastNet Muon too. peak: the highest rate."""
+    if c.freeze:
+        model.requires_grad_(False)
+        model.fc.requires_grad_(True)
     params = [p for p in model.parameters() if p.requires_grad]
     vectors = [p for p in params if p.dim() == 1]
-    if not isinstance(model, FastNet):
-        matrices = [p for p in params if p.dim() > 1]
-        groups = [dict(params=matrices, peak=c.lr, weight_decay=c.weight_decay),
-                  dict(params=vectors, peak=c.lr)]
-        return [torch.optim.SGD(groups, momentum=0.9, nesterov=True)]
-    # there the loss is a sum over 2,000 images, here their mean: .053 and .67 become 106 and 1340
-    groups = [dict(params=vectors, peak=106.0, weight_decay=0.004 / 106),
-              dict(params=[model.fc.weight], peak=1340.0, weight_decay=0.004 / 1340)]
-    filters = dict(params=[p for p in params if p.dim() == 4], peak=c.lr)
-    return [FilterMuon([filters]), torch.optim.SGD(groups, momentum=0.85, nesterov=True)]
+    weights = [p for p in params if p.dim() > 1]
+    if isinstance(model, FastNet):
+        # [8]'s loss is a sum over 2,000 images, ours a mean: rates are 2,000 times .053 and .67
+        groups = [dict(params=weights[:-1], peak=c.lr, momentum=0),
+                  dict(params=vectors, peak=106.0, weight_decay=0.004 / 106),
+                  dict(params=weights[-1:], peak=1340.0, weight_decay=0.004 / 1340)]
+        return FilterMuon(groups, momentum=0.85, nesterov=True)
+    groups = [dict(params=weights, peak=c.lr, weight_decay=c.weight_decay),
+              dict(params=vectors, peak=c.lr)]
+    return torch.optim.SGD(groups, momentum=0.9, nesterov=True)
 
 
 def learning_rate(step, peak, warmup, steps):
@@ -383,20 +344,16 @@ def learning_rate(step, peak, warmup, steps):
     return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-# ---- Names, and weights from files
+# ---- Names, and weights from files. OFFICIAL: of torchvision, with their SHA-256's first digits
 
-# torchvision's networks, and the first digits of their files' SHA-256
 OFFICIAL = dict(resnet18="f37072fd", resnet34="b627a593", resnet50="11ad3fa6", resnet101="cd907fc2",
                 resnet152="f82ba261", resnext50_32x4d="1a0047aa", wide_resnet50_2="9ba9bcbe")
-ARCHS = dict(resnet18=resnet18, resnet34=resnet34, resnet50=resnet50, resnet101=resnet101,
-             resnet152=resnet152, resnext50_32x4d=resnext50_32x4d, wide_resnet50_2=wide_resnet50_2,
-             efficientnet_b0=efficientnet_b0, convnext=convnext, fast=FastNet)
-for depth in (20, 32, 44, 56, 110):
-    ARCHS[f"resnet{depth}"] = partial(cifar_resnet, depth)
-for depth, width in ((22, 1), (16, 8), (28, 10)):
-    ARCHS[f"wrn{depth}-{width}"] = partial(wrn, depth, width)
-ARCHS["resnext29"] = partial(cifar_resnet, 20, block=partial(Bottleneck, ratio=0.5, groups=8),
-                             width=48, shortcut="B")
+ARCHS = {name: partial(globals()[name], stem="cifar") for name in OFFICIAL}
+ARCHS |= {f"resnet{n}": partial(cifar_resnet, n) for n in (20, 32, 44, 56, 110)}
+ARCHS |= {f"plain{n}": partial(cifar_resnet, n, shortcut="plain") for n in (20, 56)}
+ARCHS |= {f"resnet20-norm-{n}": partial(cifar_resnet, 20, norm=n) for n in ("layer", "none")}
+ARCHS |= {"wrn22-1": partial(wrn, 22, 1), "wrn28-10": partial(wrn, 28, 10)}
+ARCHS |= dict(resnext29=resnext29, efficientnet_b0=efficientnet_b0, convnext=convnext, fast=FastNet)
 
 
 def load_weights(path):
@@ -411,43 +368,31 @@ def load_weights(path):
     return weights, saved.get("config", {})
 
 
-def from_pretrained(name_or_path, num_classes=None, data_dir="data", arch=None):
-    """torchvision's resnet18, ... with its weights; or the network in a file: of this script, or of
-    simclr.py, torchvision and others, with its arch. If num_classes aren't those of the file, or it
-    has none, the last layer is a fresh one."""
+def from_pretrained(name_or_path, num_classes=None, data_dir="data", arch="resnet20"):
+    """torchvision's resnet18, ..., or the network in a file: of arch if the file doesn't say which.
+    If num_classes aren't those of the file, or it has none, the last layer is a fresh one."""
     if name_or_path in OFFICIAL:
         url = f"https://download.pytorch.org/models/{name_or_path}-{OFFICIAL[name_or_path]}.pth"
         weights = torch.hub.load_state_dict_from_url(
-            url, data_dir, map_location="cpu", check_hash=True, weights_only=True)
+            url, data_dir, check_hash=True, weights_only=True)
         config = dict(arch=name_or_path)
     else:
         weights, config = load_weights(name_or_path)
-    arch = config.get("arch", arch)
-    assert arch in ARCHS, f"{name_or_path} doesn't say which arch it is"
-    config = dict(arch=arch, norm=config.get("norm", "batch"), plain=config.get("plain", False))
-    more = {}
+    arch, more = config.get("arch", arch), {}
     if arch in OFFICIAL:
         more["width"], _, size, _ = weights["conv1.weight"].shape
-        more["stem"] = "imagenet" if size == 7 else "cifar"
+        if size == 7:
+            more["stem"] = "imagenet"
     found = len(weights.get("fc.weight", ()))
-    model = make_network(config, num_classes or found or 10, **more)
+    model = ARCHS[arch](num_classes=num_classes or found or 10, **more)
     if found != model.fc.out_features:
         weights |= {f"fc.{name}": w for name, w in model.fc.state_dict().items()}
     model.load_state_dict(weights)
-    model.config = config
+    model.arch = arch
     return model
 
 
-def make_network(config, num_classes=10, **more):
-    """A network of ARCHS from config's arch, norm and plain."""
-    if config["arch"] == "fast":
-        return FastNet(num_classes)
-    if config["plain"]:
-        more["shortcut"] = "plain"
-    return ARCHS[config["arch"]](num_classes=num_classes, norm=config["norm"], **more)
-
-
-# ---- Data
+# ---- Data and evaluation
 
 CIFAR10 = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
@@ -530,30 +475,25 @@ def training_batch(c, images, labels, step):
     rng = np.random.default_rng((c.seed, 2, step))
     dy, dx = rng.integers(-c.crop, c.crop, (2, len(index)), endpoint=True)
     mirror = rng.integers(2, size=len(index))
-    if c.flip == "alternate":  # by chance in the first epoch, then in turn ([9] 3.6)
+    if c.arch == "fast":  # by chance in the first epoch, then in turn ([8] 3.6)
         mirror = (np.random.default_rng((c.seed, 3)).integers(2, size=n)[index] + epoch) % 2
-    index, dy, dx, mirror = (torch.from_numpy(a).to(images.device) for a in (index, dy, dx, mirror))
+    index, dy, dx, mirror = torch.from_numpy(np.stack((index, dy, dx, mirror))).to(images.device)
     return augment(images, index, dy, dx, mirror == 1), labels[index]
 
 
 def augment(images, index, dy, dx, mirror):
-    """images (N, C, H, W) at index (B,), moved by dy, dx (B,) pixels with reflected borders, and
+    """images (N, C, S, S) at index (B,), moved by dy, dx (B,) pixels with reflected borders, and
     mirrored where mirror (B,). One gather: index every pixel of the output."""
-    H, W = images.shape[2:]
-
-    def reflect(i, size):  # -1 becomes 1, size becomes size - 2
-        return (size - 1) - ((size - 1) - i.abs()).abs()
-
-    columns = torch.arange(W, device=images.device).expand(len(index), W)
-    columns = torch.where(mirror[:, None], W - 1 - columns, columns)
-    columns = reflect(columns + dx[:, None], W)  # (B, W)
-    rows = reflect(torch.arange(H, device=images.device) + dy[:, None], H)  # (B, H)
-    # the axes of the indices on both sides of the slice come first: (B, H, W, C)
+    S = images.size(2)
+    pixels = torch.arange(S, device=images.device)
+    rows = pixels + dy[:, None]  # (B, S)
+    columns = torch.where(mirror[:, None], S - 1 - pixels, pixels) + dx[:, None]
+    rows, columns = (  # -1 becomes 1, S becomes S - 2
+        S - 1 - (S - 1 - i.abs()).abs() for i in (rows, columns))
+    # the axes of the indices on both sides of the slice come first: (B, S, S, C)
     x = images[index[:, None, None], :, rows[:, :, None], columns[:, None, :]]
-    return x.permute(0, 3, 1, 2)  # (B, C, H, W)
+    return x.permute(0, 3, 1, 2)  # (B, C, S, S)
 
-
-# ---- Evaluation and pictures
 
 @torch.no_grad()
 def predict(model, images, c, autocast, function=None):
@@ -567,7 +507,7 @@ def predict(model, images, c, autocast, function=None):
 
 def six_views(model, x):
     """Logits averaged over x (B, 3, H, W) and its mirror, weight 1/2, and over both moved by a
-    pixel up and left, 1/4, and down and right, 1/4 ([9] 3.5)."""
+    pixel up and left, 1/4, and down and right, 1/4 ([8] 3.5)."""
     padded = F.pad(x, [1] * 4, mode="reflect")
     views = (x, 2), (padded[..., 2:, 2:], 1), (padded[..., :-2, :-2], 1)
     return sum(weight / 8 * (model(view) + model(view.flip(3))) for view, weight in views)
@@ -579,58 +519,9 @@ def score(logits, labels):
     return F.cross_entropy(logits, labels).item(), accuracy
 
 
-def figure6(c):
-    """Train plain and residual networks of 20 and 56 layers and draw their errors ([1] Fig. 6), on
-    augmented batches while they train, and on validation images."""
-    import matplotlib.pyplot as plt  # pip install matplotlib
-    _, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
-    for name in ("plain20", "plain56", "resnet20", "resnet56"):
-        out, plain = f"{c.out}/{name}", name.startswith("plain")
-        train(dataclasses.replace(c, arch=f"resnet{name[-2:]}", plain=plain, out=out))
-        rows = [json.loads(line) for line in open(f"{out}/log.jsonl")]
-        for axis, split in zip(axes, ("train", "val"), strict=True):
-            points = [(row["step"], 100 - 100 * row[f"{split}_accuracy"])
-                      for row in rows if f"{split}_accuracy" in row]
-            axis.plot(*zip(*points, strict=True), label=name)
-            axis.set(xlabel="step", ylabel=f"{split} error, %")
-    plt.legend()
-    plt.savefig(f"{c.out}/figure6.png")
-
-
-@torch.no_grad()
-def landscape(c, n=13):
-    """Draw the loss of 256 training images at w + a d + b e. w are a checkpoint's weights, d and e
-    random directions, whose filters are as long as w's, so that networks with long and with short
-    filters can be compared ([8] 4). Biases and norms stay."""
-    import matplotlib.pyplot as plt  # pip install matplotlib
-    device, autocast = choose_device(c.device, c.dtype)
-    images, labels = (t[:256].to(device) for t in load_images(c)[0])
-    model = from_pretrained(c.landscape).to(device)
-    torch.manual_seed(c.seed)
-    lines = []
-    for w in [w for w in model.parameters() if w.dim() > 1]:
-        filters = w.flatten(1)  # (C_out, ...)
-        directions = F.normalize(torch.randn(2, *filters.shape), dim=2).to(device)
-        d, e = directions * filters.norm(dim=1, keepdim=True)
-        lines.append((w, w.clone(), d.view_as(w), e.view_as(w)))
-    axis = np.linspace(-1, 1, n)
-    surface = np.zeros((n, n))
-    for i, j in np.ndindex(n, n):
-        for w, centre, d, e in lines:
-            w.copy_(centre + axis[j] * d + axis[i] * e)
-        surface[i, j], _ = score(predict(model, images, c, autocast), labels)
-    print(f"loss {surface[n // 2, n // 2]:.3g} in the centre, up to {surface.max():.3g}")
-    plt.contour(axis, axis, np.log10(surface.clip(0.01, 1e4)), levels=np.arange(-2, 4, 0.25))
-    plt.colorbar(label="log10 of the loss")
-    plt.savefig(Path(c.landscape).with_name("landscape.png"))
-
-
 # ---- Training
 
-FAST = dict(lr=0.24, warmup=0, batch_size=2000, epochs=8.0, crop=2, flip="alternate",
-            label_smoothing=0.2)
-CHOICES = dict(data=("shapes", "cifar10"), arch=[*ARCHS], norm=[*NORMS],
-               flip=("random", "alternate"), dtype=("auto", "float32", "bfloat16"))
+CHOICES = dict(data=("shapes", "cifar10"), arch=[*ARCHS], dtype=("auto", "float32", "bfloat16"))
 
 
 @dataclasses.dataclass
@@ -639,14 +530,11 @@ class Config:
     data_dir: str = "data"  # where downloads land
     val: int = 5000  # images of cifar10, the last, to validate on; 0: train on all
     out: str = "out/resnet"
-    arch: str = "resnet20"  # fast: with FAST's defaults
+    arch: str = "resnet20"  # fast: with defaults of its own
     init: str = ""  # torchvision's resnet18, ... or a checkpoint: start from its weights
-    plain: bool = False  # no shortcuts
-    norm: str = "batch"
     freeze: bool = False  # train the last layer alone
     image_size: int = 0  # pixels a side to which images are resized; 0: as they are
     crop: int = 4  # pixels by which images are moved at most
-    flip: str = "random"
     lr: float = 0.1  # peak
     warmup: int = 20  # steps
     weight_decay: float = 1e-4
@@ -661,8 +549,6 @@ class Config:
     dtype: str = "auto"
     compile: bool = False
     save_logits: str = ""  # .npy: logits of all training images and mirrors, for vit.py --teacher
-    figure6: bool = False  # plain and residual networks of two depths, and their picture
-    landscape: str = ""  # a checkpoint: draw the loss around it, beside it
 
 
 def choose_device(name, dtype):
@@ -707,91 +593,75 @@ def train(c):
     """Train as c says, keep the best on validation images, and test that."""
     device, autocast = choose_device(c.device, c.dtype)
     torch.manual_seed(c.seed)
-    train_split, val, test = [[t.to(device) for t in split] for split in load_images(c)]
+    splits = [[t.to(device) for t in split] for split in load_images(c)]
+    (images, labels), val, test = splits
     if c.init:
         raw = from_pretrained(c.init, 10, c.data_dir, c.arch)
-        vars(c).update(raw.config)  # so that checkpoints say what they hold
+        c.arch = raw.arch  # so that checkpoints say what they hold
     else:
-        raw = make_network(vars(c), 10, **dict(stem="cifar") if c.arch in OFFICIAL else {})
+        raw = ARCHS[c.arch](num_classes=10)
     if c.arch == "fast" and not c.init:
-        raw.whiten(normalise(train_split[0][:5000].cpu(), raw.stats))
-    if c.freeze:
-        raw.requires_grad_(False)
-        raw.fc.requires_grad_(True)
+        raw.whiten(normalise(images[:5000].cpu(), raw.stats))
     raw.to(device, memory_format=torch.channels_last)
-    optimizers = sgd_or_muon(raw, c)
-    per_epoch = max(1, len(train_split[0]) // c.batch_size)
+    optimizer = make_sgd(raw, c)
+    per_epoch = max(1, len(images) // c.batch_size)
     steps = math.ceil(c.epochs * per_epoch)
     out, step, best, seconds = Path(c.out), 0, -1.0, 0.0
     if c.resume:
         saved = torch.load(out / "ckpt.pt", map_location=device, weights_only=True)
-        for name in ("data", "val", "arch", "init", "plain", "norm", "lr", "freeze", "image_size"):
-            if saved["config"][name] != getattr(c, name):
-                sys.exit(f"{out}/ckpt.pt was made with --{name} {saved['config'][name]}")
+        for name in ("data", "val", "arch", "image_size"):
+            assert saved["config"][name] == getattr(c, name), f"{out} has another --{name}"
         raw.load_state_dict(saved["model"])
-        for optimizer, state in zip(optimizers, saved["optimizer"], strict=True):
-            optimizer.load_state_dict(state)
+        optimizer.load_state_dict(saved["optimizer"])
         step, best, seconds = saved["step"], saved["best"], saved["seconds"]
-    if step >= steps:
-        sys.exit(f"--epochs {c.epochs} means {steps} steps, but the run is at step {step}")
+    assert step < steps, f"--epochs {c.epochs} means {steps} steps, but the run is at step {step}"
     start_log(c, step)
     if step == 0:
         (out / "best.pt").unlink(missing_ok=True)  # an older run's
-    with FlopCounterMode(display=False) as counter:
-        predict(raw, test[0][:1], c, autocast)
-    flop = 3 * counter.get_total_flops()  # an image; backward is twice as much as forward
     print(f"{sum(p.numel() for p in raw.parameters()):,} parameters, {steps} steps on {device}")
     model = torch.compile(raw) if c.compile else raw
     while step < steps:
         started = time.perf_counter()
-        x, y = training_batch(c, *train_split, step)
-        loss, logits = update_parameters(c, model, raw, optimizers, x, y, step, steps, autocast)
-        duration = time.perf_counter() - started
+        x, y = training_batch(c, images, labels, step)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, group["peak"], c.warmup, steps)
+            if c.arch == "fast":
+                group["lr"] = group["peak"] * (1 - step / steps)
+        model.train(not c.freeze)  # a frozen network's batch norm keeps its statistics
+        with autocast:
+            logits = model(normalise(x, raw.stats, c.image_size)).float()
+        loss = F.cross_entropy(logits, y, label_smoothing=c.label_smoothing)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss = loss.item()
         if not math.isfinite(loss):
-            sys.exit(f"loss is {loss} at step {step}")
+            raise SystemExit(f"loss is {loss} at step {step}")
         step += 1
-        seconds += duration
+        seconds += time.perf_counter() - started
         if step % c.log_every == 0:
             log_row(c, step=step, loss=loss, train_accuracy=score(logits, y)[1],
-                    lr=optimizers[0].param_groups[0]["lr"], seconds=seconds,
-                    images_per_s=len(x) / duration, pflop=flop * c.batch_size * step / 1e15)
+                    lr=optimizer.param_groups[0]["lr"], seconds=seconds,
+                    images_per_s=c.batch_size * step / seconds)
         if step % (c.eval_every or per_epoch) == 0 or step == steps:
             accuracy = -1.0
             if c.val:
                 val_loss, accuracy = score(predict(raw, val[0], c, autocast), val[1])
                 log_row(c, step=step, seconds=seconds, val_loss=val_loss, val_accuracy=accuracy)
             improved, best = accuracy > best, max(accuracy, best)
-            state = dict(model=raw.state_dict(), config=vars(c), step=step, best=best,
-                         optimizer=[optimizer.state_dict() for optimizer in optimizers],
-                         seconds=seconds)
+            state = dict(model=raw.state_dict(), optimizer=optimizer.state_dict(), config=vars(c),
+                         step=step, best=best, seconds=seconds)
             save(out / "ckpt.pt", state)
             if improved:
                 save(out / "best.pt", state)
     if c.val:
         raw.load_state_dict(torch.load(out / "best.pt", weights_only=True)["model"])
-    finish(c, raw, train_split, test, autocast, step=step, seconds=seconds)
+    finish(c, raw, splits, autocast, step=step, seconds=seconds)
 
 
-def update_parameters(c, model, raw, optimizers, x, y, step, steps, autocast):
-    """One update of the parameters. Returns the loss and the logits (B, classes)."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, group["peak"], c.warmup, steps)
-            if c.arch == "fast":
-                group["lr"] = group["peak"] * (1 - step / steps)
-    model.train(not c.freeze)  # a frozen network's batch norm keeps its statistics
-    with autocast:
-        logits = model(normalise(x, raw.stats, c.image_size)).float()
-    loss = F.cross_entropy(logits, y, label_smoothing=c.label_smoothing)
-    loss.backward()
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad()
-    return loss.item(), logits.detach()
-
-
-def finish(c, model, train_split, test, autocast, **row):
+def finish(c, model, splits, autocast, **row):
     """Test once, and leave features.pt, for ijepa.py --compare, and --save_logits behind."""
+    train_split, val, test = splits
     test_loss, accuracy = score(predict(model, test[0], c, autocast), test[1])
     logits = predict(model, test[0], c, autocast, partial(six_views, model))
     log_row(c, **row, test_loss=test_loss, test_accuracy=accuracy,
@@ -802,10 +672,9 @@ def finish(c, model, train_split, test, autocast, **row):
         state[f"{split}_y"] = y[:10000].cpu()
     save(f"{c.out}/features.pt", state)
     if c.save_logits:
-        images = torch.cat([x for x, _ in load_images(c)[:2]]).to(test[0].device)
-        both = predict(model, images, c, autocast,
-                       lambda x: torch.stack((model(x), model(x.flip(3))), dim=1))
-        np.save(c.save_logits, both.cpu().numpy())
+        images = torch.cat((train_split[0], val[0]))
+        pair = [predict(model, x, c, autocast) for x in (images, images.flip(3))]
+        np.save(c.save_logits, torch.stack(pair, dim=1).cpu().numpy())
 
 
 def make_parser():
@@ -823,16 +692,8 @@ def make_parser():
 def main(argv=None):
     parser = make_parser()
     if parser.parse_args(argv).arch == "fast":
-        parser.set_defaults(**FAST)
-    c = Config(**vars(parser.parse_args(argv)))
-    if c.arch in ("fast", "convnext") and (c.plain or c.norm != "batch"):
-        parser.error(f"--arch {c.arch} has shortcuts and norms of its own")
-    if c.landscape:
-        landscape(c)
-    elif c.figure6:
-        figure6(c)
-    else:
-        train(c)
+        parser.set_defaults(lr=0.24, batch_size=2000, epochs=8.0, crop=2, label_smoothing=0.2)
+    train(Config(**vars(parser.parse_args(argv))))
 
 
 if __name__ == "__main__":

@@ -9,20 +9,16 @@ augmentation [3-5], weights from elsewhere (--init) or a teacher's answers [2, 8
     python vit.py                                      # offline: shapes that it draws
     python vit.py --data cifar10 --dim 192 --depth 6 --heads 3 --patch_size 4 --lr 1e-3 \
         --batch_size 128 --epochs 10.108               # 0.5 PFLOP
-    python vit.py --data cifar10 --dim 192 --depth 4 --heads 3 --patch_size 4 --batch_size 1024 \
-        --warmup 200 --trivial --ema 0.998 --epochs 89.5  # 2.9 PFLOP: for a GPU
     python vit.py --data cifar10 --init deit_tiny_patch16_224 --image_size 224 --lr 5e-4 \
-        --layer_decay 0.75 --epochs 3                  # also from a path, of mae.py or ijepa.py
+        --layer_decay 0.75 --epochs 3                  # or --init a checkpoint of mae.py, ijepa.py
     python vit.py --data cifar10 --patch_size 4 --teacher logits.npy  # of resnet.py --save_logits
 
-What to expect (torch 2.13.0; assets/logs/vit/):
-- python vit.py: test accuracy 70.7% on shapes after 97 s on one core of an AMD EPYC in bfloat16
-- the second command: 71.3% of a JPEG copy's test images (three points below the original), by an
-  earlier version; the third: 82.5%, on an H200 (n = 1 each)
+What to expect (torch 2.13.0; assets/logs/vit/): python vit.py, test accuracy 70.7% on shapes after
+97 s on one core of an AMD EPYC in bfloat16; the second command, by an earlier version, 71.3% of a
+JPEG copy's test images (three points below the original); README.md has a recipe for GPUs. n = 1.
 
-Differs from [1]: by default a stem of convolutions, fixed 2-D positions and the mean of the patches
-(not with --no-conv_stem --pos learned --pool cls), weight decay .05, smoothed labels, no dropout.
-From [2]: no erasing or repeated augmentation, TrivialAugment, one head for labels and teacher.
+Differs from [1]: conv stem, fixed 2-D positions, mean of the patches, weight decay .05, smoothed
+labels, no dropout. From [2]: TrivialAugment, no erasing; one head for labels and teacher.
 
 [1] ViT, arXiv 2010.11929v2  [2] DeiT, 2012.12877v2  [3] TrivialAugment, 2103.10158v2
 [4] mixup, 1710.09412v2  [5] CutMix, 1905.04899v2  [6] Early convolutions, 2106.14881v3
@@ -35,7 +31,6 @@ import dataclasses
 import json
 import math
 import os
-import sys
 import tarfile
 import time
 from collections import OrderedDict
@@ -46,21 +41,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 # Shapes: B batch, N tokens, C channels, H heads, D = C / H, P patch side; images are (B, 3, H, W)
 
 
 class ViT(nn.Module):
-    """images (B, 3, image_size, image_size), normalised by .stats -> logits (B, num_classes).
-
-    pool: the head reads cls, a learned token before the patches, or the mean of all patches. pos:
-    learned, or sincos, fixed. heads 0: 64 channels in each. Parameters have timm's names."""
+    """images (B, 3, S, S), normalised by .stats -> logits (B, num_classes). pool: the head reads
+    cls, a learned token, or the mean of the patches. pos: learned, or sincos. Names are timm's."""
 
     def __init__(self, image_size, patch_size, dim, depth, heads, num_classes, pool="cls",
                  drop_path=0.0, pos="learned", conv_stem=False):
         super().__init__()
-        heads = heads or (16 if dim == 1280 else max(1, dim // 64))  # as in all official weights
         self.config = dict(image_size=image_size, patch_size=patch_size, dim=dim, depth=depth,
                            heads=heads, num_classes=num_classes, pool=pool, pos=pos,
                            conv_stem=conv_stem)
@@ -69,7 +60,7 @@ class ViT(nn.Module):
         self.stats = IMAGENET_STATS if image_size > 64 else CIFAR10_STATS
         self.patch_embed = (ConvStem if conv_stem else PatchEmbed)(patch_size, dim)
         rates = np.linspace(0, drop_path, depth)  # the first block always stays
-        self.blocks = nn.ModuleList(Block(dim, heads, rate) for rate in rates)
+        self.blocks = nn.Sequential(*(Block(dim, heads, rate) for rate in rates))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, num_classes)
         for name, w in self.named_parameters():
@@ -78,13 +69,12 @@ class ViT(nn.Module):
             elif w.dim() > 1:  # Xavier's; q, k and v as if they were three matrices
                 nn.init.xavier_uniform_(w.data.flatten(1), gain=2**0.5 if "qkv" in name else 1.0)
         nn.init.zeros_(self.head.weight)  # [1] 3.2: at first, all classes are as likely
-        positions = 0.02 * torch.randn(self.grid**2, dim)
-        if pos == "sincos":
-            positions = sincos_2d(dim, self.grid)
+        learned = pos == "learned"
+        positions = 0.02 * torch.randn(self.grid**2, dim) if learned else sincos_2d(dim, self.grid)
         if pool == "cls":
             self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
             positions = torch.cat((torch.zeros(1, dim), positions))
-        self.pos_embed = nn.Parameter(positions[None], requires_grad=pos == "learned")
+        self.pos_embed = nn.Parameter(positions[None], requires_grad=learned)
 
     def tokens(self, x):
         """Patches with their positions, behind the class token if there is one: (B, N, C)."""
@@ -96,10 +86,7 @@ class ViT(nn.Module):
 
     def features(self, x):
         """What the head reads, (B, C)."""
-        x = self.tokens(x)
-        for block in self.blocks:
-            x = block(x)
-        x = self.norm(x)
+        x = self.norm(self.blocks(self.tokens(x)))
         return x[:, 0] if self.pool == "cls" else x.mean(dim=1)  # cls: [1] eq. 4
 
     def forward(self, x):
@@ -107,10 +94,8 @@ class ViT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_path, heads=0, data_dir="data", **changes):
-        """A ViT with weights of OFFICIAL, or from a file: DeiT's, timm's, torchvision's, MAE's, a
-        checkpoint of this script, mae.py or ijepa.py. Sizes are read from the tensors, but for the
-        number of heads, which they don't show. changes are other arguments of ViT: image_size
-        resizes positions, num_classes makes a new head."""
+        """A ViT with weights of OFFICIAL or of a file: timm's, torchvision's, MAE's, ours. heads 0:
+        as the file says, else of 64 channels. changes: other arguments, such as image_size."""
         if name_or_path in OFFICIAL:
             host = DEIT if name_or_path.startswith("deit") else TORCHVISION
             saved = torch.hub.load_state_dict_from_url(
@@ -122,50 +107,48 @@ class ViT(nn.Module):
         for theirs, ours in TIMM_NAMES.items():
             w = {name.replace(theirs, ours): t for name, t in w.items()}
         w = {name: t for name, t in w.items() if not name.startswith(("decoder_", "mask_"))}  # MAE
-        prefix, dim = int("cls_token" in w), w["pos_embed"].size(2)  # tokens before the patches
+        before = int("cls_token" in w)  # tokens before the patches
+        table = w["pos_embed"]  # (1, before + n^2, C)
+        n, dim = math.isqrt(table.size(1) - before), table.size(2)
+        classes = len(w.get("head.bias", ()))  # 0: there is no head
         conv_stem = config.get("conv_stem", False)
         patch_size = config["patch_size"] if conv_stem else w["patch_embed.proj.weight"].size(3)
-        sizes = dict(image_size=patch_size * math.isqrt(w["pos_embed"].size(1) - prefix),
-                     patch_size=patch_size, dim=dim, conv_stem=conv_stem,
-                     depth=sum("norm1.weight" in name for name in w),
-                     heads=heads or config.get("heads"), pool="cls" if prefix else "mean",
-                     num_classes=len(w["head.bias"]) if "head.bias" in w else 10)
-        model = cls(**{**sizes, **changes})
-        w["pos_embed"] = resize_positions(w["pos_embed"], model.grid, prefix)
-        if len(w.get("head.bias", ())) != model.head.out_features:
+        heads = heads or config.get("heads") or (16 if dim == 1280 else dim // 64)  # ViT-H: 16
+        sizes = dict(image_size=patch_size * n, patch_size=patch_size, dim=dim, heads=heads,
+                     depth=sum("norm1.weight" in name for name in w), conv_stem=conv_stem,
+                     num_classes=classes or 10, pool="cls" if before else "mean")
+        model = cls(**sizes | changes)
+        square = table[:, before:].float().unflatten(1, (n, n)).permute(0, 3, 1, 2)  # (1, C, n, n)
+        square = F.interpolate(square, (model.grid, model.grid), mode="bicubic")  # [1] 3.2
+        w["pos_embed"] = torch.cat((table[:, :before], square.flatten(2).mT), dim=1)
+        if classes != model.head.out_features:
             w |= {f"head.{name}": fresh for name, fresh in model.head.state_dict().items()}
         model.load_state_dict(w)
         return model
 
 
 class PatchEmbed(nn.Module):
-    """Cut x (B, 3, H, W) into patches of P x P pixels, row by row, and project each: (B, N, C). A
-    convolution, but as a matrix product: in bfloat16, some CPUs get that of thin images wrong."""
+    """Cut x (B, 3, H, W) into patches of P x P pixels, row by row, and project each: (B, N, C)."""
 
     def __init__(self, patch_size, dim):
         super().__init__()
         self.proj = nn.Conv2d(3, dim, patch_size, stride=patch_size)
 
-    def forward(self, x):
-        B, _, H, W = x.shape
-        P = self.proj.kernel_size[0]
-        x = x.reshape(B, 3, H // P, P, W // P, P)
-        x = x.permute(0, 2, 4, 1, 3, 5).reshape(B, -1, 3 * P * P)  # (B, N, 3 P^2)
+    def forward(self, x):  # self.proj(x), by a matrix product: in bfloat16 some CPUs convolve wrong
+        x = F.unfold(x, self.proj.stride, stride=self.proj.stride).mT.contiguous()  # (B, N, 3 P^2)
         return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)  # (B, N, C)
 
 
 class ConvStem(nn.Module):
-    """3x3 convolutions that halve height and width until a patch is one pixel, then a 1x1 [6]: so
-    patches overlap, and what is near is known. [6]'s is wider and replaces a block."""
+    """3x3 convolutions that halve the image until a patch, of 2^n pixels a side, is one [6]."""
 
     def __init__(self, patch_size, dim):
         super().__init__()
         self.proj, C = nn.Sequential(), 3
         while patch_size > 1:
-            assert patch_size % 2 == 0, "a conv stem halves: patch_size must be 2, 4, 8, ..."
             width = dim // patch_size  # doubles up to dim / 2
-            self.proj.extend([nn.Conv2d(C, width, 3, stride=2, padding=1, bias=False),
-                              nn.BatchNorm2d(width), nn.ReLU()])
+            self.proj.append(nn.Conv2d(C, width, 3, stride=2, padding=1, bias=False))
+            self.proj.extend((nn.BatchNorm2d(width), nn.ReLU()))
             C, patch_size = width, patch_size // 2
         self.proj.append(nn.Conv2d(C, dim, 1))
 
@@ -191,26 +174,20 @@ class Block(nn.Module):
 
     def __init__(self, dim, heads, drop_path=0.0):
         super().__init__()
-        self.rate = drop_path
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = nn.Sequential(OrderedDict(  # each token alone: expand, GELU, project back
             fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
+        self.drop_path = nn.Dropout2d(drop_path)  # stochastic depth (arXiv 1603.09382v3)
 
-    def forward(self, x):
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
-
-    def drop_path(self, x):
-        """Stochastic depth (arXiv 1603.09382v3): dropout of whole images' branches."""
-        if self.rate and self.training:
-            x = x * F.dropout(torch.ones(len(x), 1, 1, device=x.device), self.rate)
-        return x
+    def forward(self, x):  # [None]: to drop whole images, as if they were one's channels
+        x = x + self.drop_path(self.attn(self.norm1(x))[None])[0]
+        return x + self.drop_path(self.mlp(self.norm2(x))[None])[0]
 
 
 class Attention(nn.Module):
-    """softmax(q k^T / sqrt(D)) v over all tokens, in each of H heads ([1] eq. 5 to 8)."""
+    """softmax(q k^T / sqrt(D)) v in each of H heads ([1] eq. 5 to 8); q, k, v are (B, H, N, D)."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -219,29 +196,24 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x):
-        B, N, C = x.shape
-        q, k, v = self.qkv(x).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, N, D)
-        if x.device.type == "cpu" and N <= 256:  # there faster than the fused kernel, in bfloat16
-            scores = q @ k.mT / q.size(-1) ** 0.5  # (B, H, N, N)
-            y = scores.softmax(dim=-1) @ v  # (B, H, N, D)
-        else:
-            y = F.scaled_dot_product_attention(q, k, v)  # the same, fused
-        return self.proj(y.transpose(1, 2).reshape(B, N, C))
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        weights = (q @ k.mT / q.size(-1) ** 0.5).softmax(dim=-1)  # (B, H, N, N)
+        y = weights @ v  # (B, H, N, D). For long sequences F.scaled_dot_product_attention is faster
+        return self.proj(y.transpose(1, 2).flatten(2))  # (B, N, C)
 
 
 # ---- Weights from files
 
 DEIT, TORCHVISION = "https://dl.fbaipublicfiles.com/deit", "https://download.pytorch.org/models"
-OFFICIAL = dict(  # the first digits of the files' SHA-256
-    deit_tiny_patch16_224="a1311bcf", deit_small_patch16_224="cd65a155",
-    deit_base_patch16_224="b5f2ef4d", vit_b_16="c867db91", vit_b_32="d86f8d99",
-    vit_l_16="852ce7e3", vit_l_32="c7638314")
-TIMM_NAMES = dict([  # of torchvision's names, in both of its spellings
-    ("encoder.layers.encoder_layer_", "blocks."), ("encoder.pos_embedding", "pos_embed"),
-    ("encoder.ln.", "norm."), ("class_token", "cls_token"), ("conv_proj", "patch_embed.proj"),
-    ("heads.head.", "head."), (".ln_", ".norm"), (".self_attention.in_proj_", ".attn.qkv."),
-    (".self_attention.out_proj", ".attn.proj"), (".mlp.linear_", ".mlp.fc"),
-    (".mlp.0.", ".mlp.fc1."), (".mlp.3.", ".mlp.fc2.")])
+OFFICIAL = dict(deit_tiny_patch16_224="a1311bcf", deit_small_patch16_224="cd65a155",
+                deit_base_patch16_224="b5f2ef4d", vit_b_16="c867db91", vit_b_32="d86f8d99",
+                vit_l_16="852ce7e3", vit_l_32="c7638314")  # the first digits of files' SHA-256
+TIMM_NAMES = {  # of torchvision's names, in both of its spellings
+    "encoder.layers.encoder_layer_": "blocks.", "encoder.pos_embedding": "pos_embed",
+    "encoder.ln.": "norm.", "class_token": "cls_token", "conv_proj": "patch_embed.proj",
+    "heads.head.": "head.", ".ln_": ".norm", ".self_attention.in_proj_": ".attn.qkv.",
+    ".self_attention.out_proj": ".attn.proj", ".mlp.linear_": ".mlp.fc",
+    ".mlp.0.": ".mlp.fc1.", ".mlp.3.": ".mlp.fc2."}
 
 
 def load_weights(path):
@@ -256,37 +228,28 @@ def load_weights(path):
     return weights, saved.get("config", {})
 
 
-def resize_positions(table, grid, prefix):
-    """Positions (1, prefix + n^2, C) for grid x grid patches; the prefix is the class token's."""
-    n = math.isqrt(table.size(1) - prefix)
-    square = table[:, prefix:].float().unflatten(1, (n, n)).permute(0, 3, 1, 2)  # (1, C, n, n)
-    square = F.interpolate(square, (grid, grid), mode="bicubic")  # [1] 3.2
-    return torch.cat((table[:, :prefix], square.flatten(2).mT), dim=1)
-
-
 def objective(logits, targets, hints=None, T=2.0, label_smoothing=0.1):
     """Cross-entropy of logits (B, classes) with targets (B, classes). Hints, a teacher's targets at
-    temperature T, are half of it, times T^2, by which gradients shrink ([8] 2). 0: [2] eq. 3."""
+    temperature T, are half of it, times T^2, by which gradients shrink ([8] 2)."""
     loss = F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
     if hints is None:
         return loss
-    T = T or 1.0  # hints are labels
     return loss / 2 + T**2 / 2 * F.cross_entropy(logits / T, hints)
 
 
 def adamw(model, c):
-    """AdamW. Patches and positions are layer 0, norm and head the last. A layer's rate is that of
-    the next times layer_decay [9]. Biases, norms, positions and tokens don't decay."""
-    last, groups = len(model.blocks) + 1, {}
+    """AdamW. A layer's rate is that of the next one times layer_decay [9]."""
+    last, groups = len(model.blocks) + 1, {}  # norm and head; patches and positions are 0
     for name, p in model.named_parameters():
         layer = last if name.startswith(("norm.", "head.")) else 0
         if name.startswith("blocks."):
             layer = int(name.split(".")[1]) + 1
-        decays = p.dim() > 1 and name not in ("cls_token", "pos_embed")
-        group = dict(params=[], peak=c.lr * c.layer_decay ** (last - layer),
-                     weight_decay=c.weight_decay if decays else 0.0)
-        groups.setdefault((layer, decays), group)["params"].append(p)
-    return torch.optim.AdamW(list(groups.values()), fused=True)
+        decays = p.dim() in (2, 4)  # not vectors; tokens and positions have 3 axes
+        groups.setdefault((layer, decays), []).append(p)
+    return torch.optim.AdamW([
+        dict(params=params, peak=c.lr * c.layer_decay ** (last - layer),
+             weight_decay=c.weight_decay * decays)
+        for (layer, decays), params in groups.items()], fused=True)
 
 
 def learning_rate(step, peak, warmup, steps):
@@ -299,69 +262,65 @@ def learning_rate(step, peak, warmup, steps):
 
 # ---- Augmentation: x (B, 3, H, W) in 0 to 255; rng is NumPy's
 
-WARPS = ("shear_x", "shear_y", "move_x", "move_y", "rotate")
-BLENDS = ("brightness", "saturation", "contrast", "sharpness")
-DISTORTIONS = (*WARPS, *BLENDS, "solarize", "posterize", "autocontrast", "equalize")
+WARPS = dict(  # row and column in distort's matrix A, and the largest value there
+    shear_x=(0, 1, 0.3), shear_y=(1, 0, 0.3), move_x=(0, 2, 0.6), move_y=(1, 2, 0.6), rotate=None)
+DISTORTIONS = (*WARPS, "brightness", "saturation", "contrast", "sharpness", "solarize",
+               "posterize", "autocontrast", "equalize")
 
 
 def trivial_augment(x, rng):
     """TrivialAugment [3]: for each image one of 13 distortions, or none, of a random strength."""
     out = x.clone()
     kind = rng.integers(len(DISTORTIONS) + 1, size=len(x))  # the last number: none
-    strength = rng.uniform(-1, 1, len(x)).astype(np.float32)
+    s = torch.from_numpy(rng.uniform(-1, 1, (len(x), 1, 1, 1))).float().to(x.device)  # strengths
     for number, name in enumerate(DISTORTIONS):
-        rows = np.flatnonzero(kind == number)  # by NumPy: on a GPU nonzero would stall
+        rows = torch.from_numpy(np.flatnonzero(kind == number)).to(x.device)
         if len(rows):
-            s = torch.from_numpy(strength[rows]).view(-1, 1, 1, 1).to(x.device)
-            rows = torch.from_numpy(rows).to(x.device)
-            out[rows] = distort(x[rows], name, s).clamp(0, 255)
+            out[rows] = distort(x[rows], name, s[rows]).clamp(0, 255)
     return out
 
 
 def distort(x, kind, s):
-    """Distort x (B, 3, H, W). s (B, 1, 1, 1), in -1 to 1, is a share of about [3]'s RA ranges."""
-    if kind in WARPS:  # the pixel at (u, v) comes from A (u, v, 1), with u and v in -1 to 1
-        s = s.flatten()
-        zero, one, angle = torch.zeros_like(s), torch.ones_like(s), 0.5 * s
-        A = dict(shear_x=(one, 0.3 * s, zero, zero, one, zero),
-                 shear_y=(one, zero, zero, 0.3 * s, one, zero),
-                 move_x=(one, zero, 0.6 * s, zero, one, zero),
-                 move_y=(one, zero, zero, zero, one, 0.6 * s),
-                 rotate=(angle.cos(), -angle.sin(), zero, angle.sin(), angle.cos(), zero))[kind]
-        grid = F.affine_grid(torch.stack(A, dim=1).view(-1, 2, 3), x.shape, align_corners=False)
+    """Distort x by strengths s (B, 1, 1, 1), from -1 to 1. At 1 it's about RandAugment's most."""
+    if kind in WARPS:
+        A = torch.eye(2, 3, device=x.device).repeat(len(x), 1, 1)
+        if kind == "rotate":
+            cos, sin = (0.5 * s).cos(), (0.5 * s).sin()
+            A[:, :, :2] = torch.cat((cos, -sin, sin, cos), dim=1).view(-1, 2, 2)
+        else:
+            row, column, most = WARPS[kind]
+            A[:, row, column] = most * s.flatten()
+        grid = F.affine_grid(A, x.shape, align_corners=False)  # A (u, v, 1) for all pixels (u, v)
         return F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
-    if kind in BLENDS:  # away from a base, or towards it
-        luma = torch.tensor([0.299, 0.587, 0.114], device=x.device)[:, None, None]
-        grey = (x * luma).sum(dim=1, keepdim=True)  # (B, 1, H, W)
-        around = F.avg_pool2d(F.pad(x, [1] * 4, mode="replicate"), 3, stride=1)
-        base = dict(brightness=0, saturation=grey, contrast=grey.mean(dim=(2, 3), keepdim=True),
-                    sharpness=(9 * around + 4 * x) / 13)[kind]
-        return base + (x - base) * (1 + 0.9 * s)
     if kind == "solarize":  # invert what is bright
         return torch.where(x < 256 * (1 - s.abs()), x, 255 - x)
     if kind == "posterize":  # keep 8 bits at strength 0, 4 at 1
-        step = 2 ** (4 * s.abs()).round()
-        return (x / step).floor() * step
-    y = x
-    if kind == "equalize":  # how many pixels of the channel are darker
-        flat = x.round().flatten(2).contiguous()  # (B, 3, H W)
-        y = torch.searchsorted(flat.sort(dim=2).values, flat).view_as(x)
-    low, high = y.amin(dim=(2, 3), keepdim=True), y.amax(dim=(2, 3), keepdim=True)  # (B, 3, 1, 1)
-    spread = (y - low) * 255 / (high - low).clamp(min=1)  # from 0 to 255
-    return torch.where(high > low, torch.lerp(x, spread, s.abs()), x)  # in part, below strength 1
+        return x - x % 2 ** (4 * s.abs()).round()
+    if kind in ("autocontrast", "equalize"):  # spread each channel over 0 to 255
+        pixels = y = x.flatten(2).contiguous()  # (B, 3, H W)
+        if kind == "equalize":  # how many pixels of the channel are darker
+            y = torch.searchsorted(y.sort(dim=2).values, y)
+        low, high = y.aminmax(dim=2, keepdim=True)
+        y = (y - low) * 255 / (high - low).clamp(min=1)
+        y = torch.where(high > low, pixels.lerp(y, s[..., 0].abs()), pixels)  # 1: all the way
+        return y.view_as(x)
+    red, green, blue = x.split(1, dim=1)
+    grey = 0.299 * red + 0.587 * green + 0.114 * blue  # (B, 1, H, W)
+    around = F.avg_pool2d(F.pad(x, [1] * 4, mode="replicate"), 3, stride=1)
+    base = dict(brightness=0, saturation=grey, contrast=grey.mean(dim=(2, 3), keepdim=True),
+                sharpness=(9 * around + 4 * x) / 13)[kind]
+    return base + (x - base) * (1 + 0.9 * s)  # away from the base, or towards it
 
 
 def mix(x, kind, alpha, rng):
-    """Image i is mixed with image B - 1 - i: mixup [4] blends both, cutmix [5] puts a square of one
-    into the other. Returns images, and the share (B,) of each that is its own."""
-    size = x.size(3)
-    own = rng.beta(alpha, alpha, (len(x), 1, 1, 1))
-    if kind == "cutmix":
-        pixels = (np.arange(size) + 0.5) / size
+    """Mix image i with image B - 1 - i. Returns images, and the share (B, 1) that is their own."""
+    own = rng.beta(alpha, alpha, (len(x), 1, 1, 1))  # mixup [4]: blend both
+    if kind == "cutmix":  # [5]: put a square of one, anywhere, into the other
+        pixels = (np.arange(x.size(3)) + 0.5) / x.size(3)
         near = np.abs(pixels - rng.random((len(x), 2, 1))) < np.sqrt(1 - own[..., 0]) / 2
-        own = 1 - near[:, :1, :, None] * near[:, 1:, None, :]  # (B, 1, H, W); borders cut squares
-    own = torch.from_numpy(own.astype(np.float32)).to(x.device)
-    return own * x + (1 - own) * x.flip(0), own.mean(dim=(1, 2, 3))
+        own = ~(near[:, :1, :, None] & near[:, 1:, None])  # (B, 1, H, W)
+    own = torch.from_numpy(own).float().to(x.device)
+    return own * x + (1 - own) * x.flip(0), own.mean(dim=(2, 3))
 
 
 # ---- Data
@@ -439,28 +398,24 @@ def normalise(images, stats, size=0):
 
 
 def augment(images, index, dy, dx, mirror):
-    """images (N, C, H, W) at index (B,), moved by dy, dx (B,) pixels with reflected borders, and
+    """images (N, C, S, S) at index (B,), moved by dy, dx (B,) pixels with reflected borders, and
     mirrored where mirror (B,). One gather: index every pixel of the output."""
-    H, W = images.shape[2:]
-
-    def reflect(i, size):  # -1 becomes 1, size becomes size - 2
-        return (size - 1) - ((size - 1) - i.abs()).abs()
-
-    columns = torch.arange(W, device=images.device).expand(len(index), W)
-    columns = torch.where(mirror[:, None], W - 1 - columns, columns)
-    columns = reflect(columns + dx[:, None], W)  # (B, W)
-    rows = reflect(torch.arange(H, device=images.device) + dy[:, None], H)  # (B, H)
-    # the axes of the indices on both sides of the slice come first: (B, H, W, C)
+    S = images.size(2)
+    pixels = torch.arange(S, device=images.device)
+    rows = pixels + dy[:, None]  # (B, S)
+    columns = torch.where(mirror[:, None], S - 1 - pixels, pixels) + dx[:, None]
+    rows, columns = (  # -1 becomes 1, S becomes S - 2
+        S - 1 - (S - 1 - i.abs()).abs() for i in (rows, columns))
+    # the axes of the indices on both sides of the slice come first: (B, S, S, C)
     x = images[index[:, None, None], :, rows[:, :, None], columns[:, None, :]]
-    return x.permute(0, 3, 1, 2)  # (B, C, H, W)
+    return x.permute(0, 3, 1, 2)  # (B, C, S, S)
 
 
 def draw_batch(c, images, labels, teacher, step):
-    """Augmented images (B, 3, H, W) in 0 to 255, targets (B, classes), and those of the teacher if
-    there is one: a function of (seed, step) alone."""
-    n = len(images)
-    epoch, position = divmod(step, max(1, n // c.batch_size))
-    order = np.random.default_rng((c.seed, 1, epoch)).permutation(n)
+    """Augmented images (B, 3, H, W) in 0 to 255, targets (B, classes), and the teacher's, if there
+    are its logits (N, 2, classes) for images and their mirrors. All chance is by (seed, step)."""
+    epoch, position = divmod(step, max(1, len(images) // c.batch_size))
+    order = np.random.default_rng((c.seed, 1, epoch)).permutation(len(images))
     index = order[position * c.batch_size:][:c.batch_size]
     rng = np.random.default_rng((c.seed, 2, step))
     torch.manual_seed(c.seed * 1_000_003 + step)  # for drop_path
@@ -470,14 +425,14 @@ def draw_batch(c, images, labels, teacher, step):
     x = augment(images, index, dy, dx, mirror == 1).float()
     targets = [F.one_hot(labels[index], 10).float()]
     if teacher is not None:
-        targets.append(teacher[index, mirror])
+        targets.append((teacher[index, mirror] / c.temperature).softmax(dim=1))
     if c.trivial:
         x = trivial_augment(x, rng)
     kinds = [kind for kind in ("mixup", "cutmix") if getattr(c, kind)]
     if kinds:
         kind = rng.choice(kinds)  # with both, a coin for each batch
         x, own = mix(x, kind, getattr(c, kind), rng)
-        targets = [own[:, None] * t + (1 - own[:, None]) * t.flip(0) for t in targets]
+        targets = [own * t + (1 - own) * t.flip(0) for t in targets]
     return x, *targets
 
 
@@ -504,12 +459,11 @@ def rollout(model, x):
     """What each token of images x (B, 3, H, W) is made of, (B, N, N), if attention were all that
     mixes them: the product over blocks of (A + I) / 2, A the mean of heads ([7] eq. 1)."""
     x = model.tokens(x)
-    B, N, _ = x.shape
-    total = identity = torch.eye(N, device=x.device)
+    total = identity = torch.eye(x.size(1), device=x.device)
     for block in model.blocks:
-        qkv = block.attn.qkv(block.norm1(x)).view(B, N, 3, block.attn.heads, -1)
+        qkv = block.attn.qkv(block.norm1(x)).unflatten(2, (3, block.attn.heads, -1))
         q, k, _ = qkv.permute(2, 0, 3, 1, 4)  # (B, H, N, D)
-        A = (q @ k.mT / q.size(-1) ** 0.5).softmax(dim=-1).mean(dim=1)
+        A = (q @ k.mT / q.size(-1) ** 0.5).softmax(dim=-1).mean(dim=1)  # (B, N, N)
         total = (A + identity) / 2 @ total
         x = block(x)
     return total
@@ -517,10 +471,12 @@ def rollout(model, x):
 
 def draw_attention(c, model, images):
     """attention.png: images (B, 3, H, W), and which of their patches the class is read from."""
+    if not find_spec("matplotlib"):
+        return print("for attention.png: pip install matplotlib")
     import matplotlib.pyplot as plt  # pip install matplotlib
     read = rollout(model.eval(), normalise(images, model.stats, c.image_size))  # (B, N, N)
     read = read[:, 0, 1:] if model.pool == "cls" else read.mean(dim=1)  # (B, grid^2)
-    light = (read / read.amax(dim=1, keepdim=True)).view(-1, 1, model.grid, model.grid)
+    light = (read / read.amax(dim=1, keepdim=True)).unflatten(1, (1, model.grid, -1))
     light = F.interpolate(light, images.shape[2:], mode="bilinear")  # (B, 1, H, W)
     sheet = torch.cat((images, images * light), dim=2).permute(2, 0, 3, 1).flatten(1, 2)
     plt.imsave(f"{c.out}/attention.png", sheet.byte().cpu().numpy())
@@ -555,7 +511,7 @@ class Config:
     cutmix: float = 0.0  # the same [5]; 1 in [2]'s code, which has both
     label_smoothing: float = 0.1  # share of a target that is spread over all classes
     teacher: str = ""  # .npy: its logits for all training images and their mirrors
-    temperature: float = 2.0  # of the teacher's probabilities; 0: its answers, as labels
+    temperature: float = 2.0  # of the teacher's probabilities
     lr: float = 2e-3  # peak
     layer_decay: float = 1.0  # a layer's rate over that of the next; .75 with --init
     warmup: int = 100  # steps
@@ -612,13 +568,12 @@ def save(path, state):
 
 def make_vit(c):
     """A new network, or --init's. c then says what it is."""
-    size = c.image_size or 32
+    more = dict(image_size=c.image_size or 32, num_classes=10, drop_path=c.drop_path)
     if c.init:
-        model = ViT.from_pretrained(c.init, c.heads, c.data_dir, image_size=size, num_classes=10,
-                                    drop_path=c.drop_path)
+        model = ViT.from_pretrained(c.init, c.heads, c.data_dir, **more)
     else:
-        model = ViT(size, c.patch_size, c.dim, c.depth, c.heads or c.dim // 32, 10, c.pool,
-                    c.drop_path, c.pos, c.conv_stem)
+        c.heads = c.heads or c.dim // 32
+        model = ViT(**{name: getattr(c, name) for name in SHAPE}, **more)
     vars(c).update({name: model.config[name] for name in SHAPE})
     return model
 
@@ -628,92 +583,73 @@ def train(c):
     device, autocast = choose_device(c.device, c.dtype)
     torch.manual_seed(c.seed)
     train_split, val, test = [[t.to(device) for t in split] for split in load_images(c)]
-    teacher = None
-    if c.teacher:  # (N, 2, classes): of all training images, --val's too, and their mirrors
-        logits = torch.from_numpy(np.load(c.teacher)).to(device)
-        assert len(logits) == len(train_split[0]) + len(val[0]), f"{c.teacher}: {logits.shape}"
-        teacher = (logits / max(c.temperature, 1e-6)).softmax(dim=2)  # at 0: its answers alone
-    raw = make_vit(c).to(device)
-    averaged = copy.deepcopy(raw) if c.ema else raw  # the weights that are evaluated
-    optimizer = adamw(raw, c)
+    teacher = torch.from_numpy(np.load(c.teacher)).to(device) if c.teacher else None
+    model = make_vit(c).to(device)
+    averaged = copy.deepcopy(model) if c.ema else model  # the weights that are evaluated
+    optimizer = adamw(model, c)
     per_epoch = max(1, len(train_split[0]) // c.batch_size)
     steps = math.ceil(c.epochs * per_epoch)
     out, step, best, seconds = Path(c.out), 0, -1.0, 0.0
     if c.resume:
         saved = torch.load(out / "ckpt.pt", map_location=device, weights_only=True)
-        for name in ("data", "val", "init", "image_size", *SHAPE, "lr", "layer_decay", "ema"):
-            if saved["config"][name] != getattr(c, name):
-                sys.exit(f"{out}/ckpt.pt was made with --{name} {saved['config'][name]}")
-        raw.load_state_dict(saved["model"])
+        for name in ("data", "val", "teacher"):
+            assert saved["config"][name] == getattr(c, name), f"ckpt.pt was made with other {name}"
+        model.load_state_dict(saved["model"])
         averaged.load_state_dict(saved["ema"])
         optimizer.load_state_dict(saved["optimizer"])
         step, best, seconds = saved["step"], saved["best"], saved["seconds"]
-    if step >= steps:
-        sys.exit(f"--epochs {c.epochs} means {steps} steps, but the run is at step {step}")
     start_log(c, step)
     if step == 0:
         (out / "best.pt").unlink(missing_ok=True)  # an older run's
-    with FlopCounterMode(display=False) as counter:
-        predict(raw, test[0][:1], c, autocast)
-    flop = 3 * counter.get_total_flops()  # an image; backward is twice as much as forward
-    print(f"{sum(p.numel() for p in raw.parameters()):,} parameters, {steps} steps on {device}")
-    model = torch.compile(raw) if c.compile else raw
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {steps} steps on {device}")
+    compiled = torch.compile(model) if c.compile else model
+    weights = averaged.state_dict()
     while step < steps:
         started = time.perf_counter()
-        batch = draw_batch(c, *train_split, teacher, step)
-        loss, accuracy = update(c, model, raw, averaged, optimizer, batch, step, steps, autocast)
-        duration = time.perf_counter() - started
-        if not math.isfinite(loss):
-            sys.exit(f"loss is {loss} at step {step}")
+        x, *targets = draw_batch(c, *train_split, teacher, step)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, group["peak"], c.warmup, steps)
+        model.train()
+        with autocast:
+            logits = compiled(normalise(x, model.stats, c.image_size)).float()  # (B, classes)
+        loss = objective(logits, *targets, T=c.temperature, label_smoothing=c.label_smoothing)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # [1] Table 3
+        optimizer.step()
+        optimizer.zero_grad()
+        if c.ema:  # few steps at first, so that the random start is soon forgotten
+            decay = min(c.ema, (step + 1) / (step + 10))
+            for name, w in model.state_dict().items():
+                if w.is_floating_point():  # batch norm's count isn't
+                    weights[name].lerp_(w, 1 - decay)  # a <- decay a + (1 - decay) w
+        loss = loss.item()
+        assert math.isfinite(loss), f"loss is {loss} at step {step}"
         step += 1
+        duration = time.perf_counter() - started
         seconds += duration
         if step % c.log_every == 0:
-            log_row(c, step=step, loss=loss, train_accuracy=accuracy,
-                    lr=optimizer.param_groups[-1]["lr"], seconds=seconds,
-                    images_per_s=len(batch[0]) / duration, pflop=flop * c.batch_size * step / 1e15)
+            log_row(c, step=step, loss=loss, lr=group["lr"], seconds=seconds,
+                    images_per_s=len(x) / duration)
         if step % (c.eval_every or per_epoch) == 0 or step == steps:
             accuracy = -1.0
             if c.val:
                 val_loss, accuracy = score(predict(averaged, val[0], c, autocast), val[1])
                 log_row(c, step=step, seconds=seconds, val_loss=val_loss, val_accuracy=accuracy)
             improved, best = accuracy > best, max(accuracy, best)
-            weights = averaged.state_dict()
             encoder = {name: w for name, w in weights.items() if not name.startswith("head.")}
-            state = dict(model=raw.state_dict(), ema=weights, encoder=encoder,
-                         encoder_config=raw.config, optimizer=optimizer.state_dict(),
+            state = dict(model=model.state_dict(), ema=weights, encoder=encoder,
+                         encoder_config=model.config, optimizer=optimizer.state_dict(),
                          config=vars(c), step=step, best=best, seconds=seconds)
             save(out / "ckpt.pt", state)
             if improved:
                 save(out / "best.pt", state)
-    if c.val:
-        averaged.load_state_dict(torch.load(out / "best.pt", weights_only=True)["ema"])
     test_once(c, averaged, train_split, test, autocast, step=step, seconds=seconds)
 
 
-def update(c, model, raw, averaged, optimizer, batch, step, steps, autocast):
-    """One step of the weights and their average. Returns the loss and the batch's accuracy."""
-    x, *targets = batch
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, group["peak"], c.warmup, steps)
-    model.train()
-    with autocast:
-        logits = model(normalise(x, raw.stats, c.image_size)).float()  # (B, classes)
-    loss = objective(logits, *targets, T=c.temperature, label_smoothing=c.label_smoothing)
-    loss.backward()
-    nn.utils.clip_grad_norm_(raw.parameters(), 1.0)  # [1] Table 3
-    optimizer.step()
-    optimizer.zero_grad()
-    if c.ema:  # few steps at first, so that the random start is soon forgotten
-        decay = min(c.ema, (step + 1) / (step + 10))
-        for a, w in zip(averaged.state_dict().values(), raw.state_dict().values(), strict=True):
-            if a.is_floating_point():  # batch norm's count isn't
-                a.lerp_(w, 1 - decay)  # a <- decay a + (1 - decay) w
-    _, accuracy = score(logits, targets[0].argmax(dim=1))  # of mixed images: the larger part's
-    return loss.item(), accuracy
-
-
 def test_once(c, model, train_split, test, autocast, **row):
-    """Test once, and leave features.pt and attention.png behind."""
+    """Test the best weights once, and leave their features.pt and attention.png behind."""
+    if c.val:
+        model.load_state_dict(torch.load(f"{c.out}/best.pt", weights_only=True)["ema"])
     test_loss, accuracy = score(predict(model, test[0], c, autocast), test[1])
     log_row(c, **row, test_loss=test_loss, test_accuracy=accuracy, final=True)
     state = dict(name=Path(c.out).name)
@@ -721,10 +657,7 @@ def test_once(c, model, train_split, test, autocast, **row):
         state[f"{split}_z"] = predict(model, x[:10000], c, autocast, model.features).cpu()
         state[f"{split}_y"] = y[:10000].cpu()
     save(f"{c.out}/features.pt", state)
-    if find_spec("matplotlib"):
-        draw_attention(c, model, test[0][:10])
-    else:
-        print("for attention.png: pip install matplotlib")
+    draw_attention(c, model, test[0][:10])
 
 
 def make_parser():

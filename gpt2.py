@@ -565,9 +565,9 @@ def train(c):
                 state = dict(model=raw.state_dict(), model_args=vars(raw.config), config=vars(c),
                              optimizer=[optimizer.state_dict() for optimizer in optimizers],
                              step=step, best=best, seconds=seconds)
-                save(f"{c.out}/ckpt.pt", state)
                 if val_loss == best:
                     save(f"{c.out}/best.pt", state)
+                save(f"{c.out}/ckpt.pt", state)
     log(c, step=step, seconds=seconds, val_loss=val_loss, best_val_loss=best, final=True)
     if WORLD > 1:
         torch.distributed.destroy_process_group()

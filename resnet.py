@@ -17,9 +17,9 @@ nothing to add can leave f at 0. The family keeps the shortcut and changes f.
     python resnet.py --data cifar10 --arch fast --val 0      # the most accuracy for the compute
     python resnet.py --data cifar10 --init resnet18 --image_size 128 --lr 0.01  # transfer
 
-What to expect (CIFAR-10 as a JPEG copy, three points below the original; assets/logs/resnet/):
-- python resnet.py: test accuracy 95.1% after 65 s on one core of an AMD EPYC in bfloat16
-- --arch fast: 89.9%, 90.8% over six views, as airbench94 itself, for 0.284 PFLOP; n = 10, H200
+What to expect (CIFAR-10: a JPEG copy, three points below the original; assets/logs/resnet/):
+- python resnet.py (shapes): test accuracy 95.1% after 65 s on one core of an AMD EPYC, bfloat16
+- --arch fast: 89.9%, with six views 90.8%, as airbench94's code; 0.284 PFLOP; n = 10, H200
 - four epochs, plain: 71.3% with 20 layers, 39.9% with 56; residual: 76.8%, 72.8% (n = 1)
 
 Differs from [1]: Nesterov momentum, a cosine instead of steps, decay on weights only, one mean and
@@ -108,13 +108,13 @@ NORMS = dict(batch=nn.BatchNorm2d, layer=partial(LayerNorm2d, eps=1e-6), none=nn
 
 
 def make_shortcut(kind, C_in, C, stride, make_norm):
-    """What stands beside a block: x itself, where it fits, else what makes it fit ([1] 3.3)."""
+    """x where it fits the output, else by kind: A or B ([1] 3.3), conv, convnext, none, plain."""
     fits = stride == 1 and C_in == C
     if kind == "plain" or (kind == "none" and not fits):
         return lambda x: 0.0
     if fits:
         return nn.Identity()
-    if kind == "A":  # every stride-th pixel, and channels of zeros, the first axis of (C, H, W)
+    if kind == "A":  # every stride-th pixel; channels of zeros before and behind
         new = (C - C_in) // 2
         return nn.Sequential(nn.AvgPool2d(1, stride), nn.ZeroPad3d((0, 0, 0, 0, new, new)))
     if kind == "convnext":  # in the trunk, not beside it [7]
@@ -175,7 +175,7 @@ class PreActBlock(nn.Module):
 
 
 class MBConv(nn.Module):
-    """1x1 to `ratio` C_in channels, each convolved alone and weighted, 1x1 to C alone [6]."""
+    """1x1 to ratio * C_in channels, each convolved alone and weighted, then 1x1 to C [6]."""
 
     def __init__(self, C_in, C, stride, make_norm, shortcut, ratio=6, size=3):
         super().__init__()
@@ -215,7 +215,7 @@ class ConvNeXtBlock(nn.Module):
 # ---- Networks
 
 def stack(block, times, depths, num_classes=1000, stem="imagenet", width=64, **more):
-    """Stages of times width, 2 times width, ... channels, each next half as high."""
+    """Stage i has times * width * 2^i channels. All but the first halve height and width."""
     stages = [(block, times * width * 2**i, depth, 1 if i == 0 else 2)
               for i, depth in enumerate(depths)]
     return ResNet(stages, num_classes, stem, width, **more)
@@ -249,7 +249,7 @@ def wrn(depth, width, num_classes=10, **more):
 
 
 def efficientnet_b0(num_classes=10):
-    """EfficientNet-B0's blocks [6] between this file's stem and head, which leaves 2x2 pixels."""
+    """EfficientNet-B0's blocks [6] with this file's stem and head: 32x32 pixels shrink to 2x2."""
     stages = [(partial(MBConv, ratio=1), 16, 1, 1)]
     for size, *stage in ((3, 24, 2, 2), (5, 40, 2, 2), (3, 80, 3, 2),
                          (5, 112, 3, 1), (5, 192, 4, 2), (3, 320, 1, 1)):
@@ -296,13 +296,13 @@ class FastNet(nn.Module):
 
 
 class FilterMuon(torch.optim.SGD):
-    """SGD that turns gradients of its first group, filters in front of a norm, into Muon's updates.
-    A filter's length changes no output there, only how far a step turns it, so it is kept at 1."""
+    """SGD that turns the gradients of its first group, filters before a norm, into Muon's updates.
+    The norm undoes a filter's length, which only scales how far a step turns it: it's kept at 1."""
 
     @torch.no_grad()
     def step(self):
         mu = 0.6
-        a, b, c = 3.4445, -4.7750, 2.0315
+        a, b, c = 3.4445, -4.7750, 2.0315  # bring any s in (0, 1] near 1 in a few steps
         for w in self.param_groups[0]["params"]:  # (C_out, C_in, 3, 3)
             m = self.state[w].setdefault("muon", torch.zeros_like(w))
             m.mul_(mu).add_(w.grad)  # m <- mu m + g
@@ -318,7 +318,7 @@ class FilterMuon(torch.optim.SGD):
 
 
 def make_sgd(model, c):
-    """SGD with decay on weights alone; for a FastNet Muon too. peak: the highest rate."""
+    """SGD, with decay on weights alone; a FastNet's groups are [8]'s. peak: the highest rate."""
     if c.freeze:
         model.requires_grad_(False)
         model.fc.requires_grad_(True)
@@ -467,7 +467,7 @@ def normalise(images, stats, size=0):
 
 
 def training_batch(c, images, labels, step):
-    """Images (B, 3, H, W), augmented, and labels (B,). All chance in them is by (seed, step)."""
+    """Augmented images (B, 3, H, W) and labels (B,): a function of (seed, step) alone."""
     n = len(images)
     epoch, position = divmod(step, max(1, n // c.batch_size))
     order = np.random.default_rng((c.seed, 1, epoch)).permutation(n)
@@ -475,7 +475,7 @@ def training_batch(c, images, labels, step):
     rng = np.random.default_rng((c.seed, 2, step))
     dy, dx = rng.integers(-c.crop, c.crop, (2, len(index)), endpoint=True)
     mirror = rng.integers(2, size=len(index))
-    if c.arch == "fast":  # by chance in the first epoch, then in turn ([8] 3.6)
+    if c.arch == "fast":  # a coin in the first epoch, then every other one ([8] 3.6)
         mirror = (np.random.default_rng((c.seed, 3)).integers(2, size=n)[index] + epoch) % 2
     index, dy, dx, mirror = torch.from_numpy(np.stack((index, dy, dx, mirror))).to(images.device)
     return augment(images, index, dy, dx, mirror == 1), labels[index]
@@ -651,11 +651,11 @@ def train(c):
             improved, best = accuracy > best, max(accuracy, best)
             state = dict(model=raw.state_dict(), optimizer=optimizer.state_dict(), config=vars(c),
                          step=step, best=best, seconds=seconds)
-            save(out / "ckpt.pt", state)
             if improved:
                 save(out / "best.pt", state)
+            save(out / "ckpt.pt", state)  # the last: what it says of best.pt is true
     if c.val:
-        raw.load_state_dict(torch.load(out / "best.pt", weights_only=True)["model"])
+        raw.load_state_dict(torch.load(out / "best.pt", device, weights_only=True)["model"])
     finish(c, raw, splits, autocast, step=step, seconds=seconds)
 
 

@@ -92,7 +92,9 @@ class TwoViews(nn.Module):
 
     def __init__(self, loss, encoder, head_dim, temperature, queue, momentum):
         super().__init__()
-        self.loss, self.temperature, self.momentum = loss, temperature, momentum
+        self.loss = loss
+        self.temperature = temperature
+        self.momentum = momentum
         self.network = nn.Sequential(encoder, make_head(loss, encoder.dim, head_dim))
         if loss == "moco":
             self.key_network = copy.deepcopy(self.network).requires_grad_(False)
@@ -380,7 +382,7 @@ def linear_probe(train_z, train_y, val_z, val_y, test_z, test_y, steps=1000,
         losses = [F.cross_entropy(x, train_y[index]) for x in logits]
         loss = sum(rate * loss for rate, loss in zip(rates, losses, strict=True))
         optimizer.zero_grad()
-        loss.backward()  # each classifier's gradient is times its rate
+        loss.backward()  # so that each classifier has a rate of its own
         optimizer.step()
         schedule.step()
     val_right, test_right = (
@@ -391,8 +393,8 @@ def linear_probe(train_z, train_y, val_z, val_y, test_z, test_y, steps=1000,
 
 
 def test_encoders(c, encoders, splits, autocast, **row):
-    """Read the test set, once: probe each of encoders, a dict of functions of images (B, 3, H, W).
-    The trained one is called "": its features are kept, for ijepa.py --compare."""
+    """Read the test set, once: probe encoders, a dict of functions of images (B, 3, H, W). Names
+    end the scores'. The trained one's is "": its features are kept, for ijepa.py --compare."""
     for name, encoder in encoders.items():
         train, val, test = (extract(encoder, split, autocast) for split in splits)
         row["knn" + name] = knn_accuracy(*train, *test)
@@ -417,7 +419,9 @@ def evaluate(c, model, train_split, val, autocast):
 
 def draw_sheet(c, images):
     """views.png: pairs of views, one above the other, of images (n, 3, H, W)."""
-    import matplotlib.pyplot as plt  # pip install matplotlib
+    if not find_spec("matplotlib"):
+        return print("for views.png: pip install matplotlib")
+    import matplotlib.pyplot as plt
     sheet = torch.cat(draw_views(c, images, step=0), dim=2)  # (n, 3, 2 H, W)
     sheet = sheet.permute(2, 0, 3, 1).flatten(1, 2)  # (2 H, n W, 3)
     sheet = (64 * sheet + 121).clamp(0, 255)  # about what standardise has taken away
@@ -562,17 +566,14 @@ def train(c):
             improved, best = scores["knn"] > best, max(scores["knn"], best)
             state = dict(model=raw.state_dict(), encoder=encoder.state_dict(), config=vars(c),
                          optimizer=optimizer.state_dict(), step=step, best=best, seconds=seconds)
-            save(out / "ckpt.pt", state)
             if improved and c.val:
                 save(out / "best.pt", state)
+            save(out / "ckpt.pt", state)  # the last: what it says of best.pt is true
     if c.val:
-        raw.load_state_dict(torch.load(out / "best.pt", weights_only=True)["model"])
+        raw.load_state_dict(torch.load(out / "best.pt", device, weights_only=True)["model"])
     encoders = {"": encoder.eval(), "_random_init": fresh, "_pixels": nn.Flatten()}
     test_encoders(c, encoders, splits, autocast, step=step, seconds=seconds)
-    if find_spec("matplotlib"):
-        draw_sheet(c, val[0][:16])
-    else:
-        print("for views.png: pip install matplotlib")
+    draw_sheet(c, val[0][:16])
 
 
 def make_parser():
@@ -592,8 +593,7 @@ def main(argv=None):
     c = parser.parse_args(argv)
     for name in (c.loss, c.data):
         parser.set_defaults(**DEFAULTS.get(name, {}))
-    c = Config(**vars(parser.parse_args(argv)))
-    train(c)
+    train(Config(**vars(parser.parse_args(argv))))
 
 
 if __name__ == "__main__":

@@ -640,9 +640,9 @@ def train(c):
             state = dict(model=model.state_dict(), ema=weights, encoder=encoder,
                          encoder_config=model.config, optimizer=optimizer.state_dict(),
                          config=vars(c), step=step, best=best, seconds=seconds)
-            save(out / "ckpt.pt", state)
             if improved:
                 save(out / "best.pt", state)
+            save(out / "ckpt.pt", state)  # the last: what it says of best.pt is true
     test_once(c, averaged, train_split, test, autocast, step=step, seconds=seconds)
 
 

@@ -33,7 +33,6 @@ import dataclasses
 import json
 import math
 import os
-import sys
 import tarfile
 import time
 from collections import OrderedDict
@@ -88,8 +87,7 @@ class Encoder(nn.Module):
 
     def __init__(self, image_size, patch_size, dim, depth, heads):
         super().__init__()
-        assert image_size % patch_size == 0, f"{patch_size} doesn't divide {image_size} pixels"
-        assert dim % heads == 0, f"{heads} heads don't divide {dim} channels"
+        assert image_size % patch_size == dim % heads == 0, "patches or heads don't divide"
         self.grid = image_size // patch_size
         self.patch_embed = PatchEmbed(patch_size, dim)
         self.pos_embed = nn.Parameter(sincos_2d(dim, self.grid)[None], requires_grad=False)
@@ -612,18 +610,15 @@ def train(c):
         dict(params=[p for p in trained if p.dim() > 1], weight_decay=c.weight_decay),
         dict(params=[p for p in trained if p.dim() == 1], weight_decay=0.0)], fused=True)
     steps = math.ceil(c.epochs * max(1, len(images) // c.batch_size))
-    out = Path(c.out)
-    step, best, seconds = 0, -1.0, 0.0
+    out, step, best, seconds = Path(c.out), 0, -1.0, 0.0
     if c.resume:
         saved = torch.load(out / "ckpt.pt", map_location=device, weights_only=True)
         for name in ("data", "val", *SHAPE):
-            if saved["config"][name] != getattr(c, name):
-                sys.exit(f"{out}/ckpt.pt was made with --{name} {saved['config'][name]}")
+            assert saved["config"][name] == getattr(c, name), f"{out} has another --{name}"
         raw.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         step, best, seconds = saved["step"], saved["best"], saved["seconds"]
-    if step >= steps:
-        sys.exit(f"--epochs {c.epochs} means {steps} steps, but the run is at step {step}")
+    assert step < steps, f"--epochs {c.epochs} means {steps} steps, but the run is at step {step}"
     start_log(c, step)
     if step == 0:
         (out / "best.pt").unlink(missing_ok=True)  # an older run's
@@ -634,8 +629,7 @@ def train(c):
         batch = jepa_batch(c, images, step)
         loss = jepa_step(c, model, raw, optimizer, batch, step, steps, autocast)
         duration = time.perf_counter() - started
-        if not math.isfinite(loss):
-            sys.exit(f"loss is {loss} at step {step}")
+        assert math.isfinite(loss), f"loss is {loss} at step {step}"
         step += 1
         seconds += duration
         if step % c.log_every == 0:
@@ -644,8 +638,7 @@ def train(c):
         if step % (c.eval_every or math.ceil(steps / 4)) == 0 or step == steps:
             scores = evaluate(c, raw, train_split, val, autocast)
             log_row(c, step=step, seconds=seconds, **scores)
-            improved = scores["knn"] > best
-            best = max(scores["knn"], best)
+            improved, best = scores["knn"] > best, max(scores["knn"], best)
             state = dict(model=raw.state_dict(), encoder=raw.target_encoder.state_dict(),
                          encoder_config={n: getattr(c, n) for n in SHAPE[:4]} | dict(image_size=32),
                          optimizer=optimizer.state_dict(), config=vars(c), step=step, best=best,

@@ -29,7 +29,6 @@ import dataclasses
 import json
 import math
 import os
-import sys
 import tarfile
 import time
 from collections import OrderedDict
@@ -570,13 +569,11 @@ def train(c):
     if c.resume:
         saved = torch.load(out / "ckpt.pt", map_location=device, weights_only=True)
         for name in ("data", "val", *SHAPE):
-            if saved["config"][name] != getattr(c, name):
-                sys.exit(f"{out}/ckpt.pt was made with --{name} {saved['config'][name]}")
+            assert saved["config"][name] == getattr(c, name), f"{out} has another --{name}"
         raw.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         step, best, seconds = saved["step"], saved["best"], saved["seconds"]
-    if step >= steps:
-        sys.exit(f"--epochs {c.epochs} means {steps} steps, but the run is at step {step}")
+    assert step < steps, f"--epochs {c.epochs} means {steps} steps, but the run is at step {step}"
     start_log(c, step)
     if step == 0:
         (out / "best.pt").unlink(missing_ok=True)  # an older run's
@@ -594,8 +591,7 @@ def train(c):
         optimizer.zero_grad()
         loss = loss.item()
         duration = time.perf_counter() - started
-        if not math.isfinite(loss):
-            sys.exit(f"loss is {loss} at step {step}")
+        assert math.isfinite(loss), f"loss is {loss} at step {step}"
         step += 1
         seconds += duration
         if step % c.log_every == 0:

@@ -485,17 +485,21 @@ def compare(c):
     rows = []
     for path in c.compare.split(","):
         f = torch.load(path, device, weights_only=True)
-        rows.append((f["name"], (f["train_z"], f["train_y"]), (f["test_z"], f["test_y"])))
-    for name, encoder in dict(random_init=fresh.encoder.features, pixels=nn.Flatten()).items():
-        rows.append((name, extract(encoder, train, autocast), extract(encoder, test, autocast)))
+        rows.append([f[key] for key in ("name", "train_z", "train_y", "test_z", "test_y")])
+    encoders = dict(random_init=fresh.encoder.features, pixels=nn.Flatten())
+    for name, encoder in encoders.items():
+        rows.append([name, *extract(encoder, train, autocast), *extract(encoder, test, autocast)])
     _, axes = plt.subplots(1, len(rows), figsize=(4 * len(rows), 4), layout="tight")
-    for ax, (name, (z, y), (test_z, test_y)) in zip(axes, rows, strict=True):
+    for ax, row in zip(axes, rows, strict=True):
+        name, z, y, test_z, test_y = row
         assert torch.equal(test_y, test[1]), f"{name} isn't of --data {c.data}"
         cut = len(z) * 9 // 10
-        knn = knn_accuracy(z[:cut], y[:cut], test_z, test_y)
-        linear = linear_probe(z[:cut], y[:cut], z[cut:], y[cut:], test_z, test_y)
+        fitted = z[:cut], y[:cut]
+        knn = knn_accuracy(*fitted, test_z, test_y)
+        linear = linear_probe(*fitted, z[cut:], y[cut:], test_z, test_y)
         print(f"{name:>12}  knn {knn:.4f}  linear {linear:.4f}", flush=True)
-        ax.scatter(*tsne(test_z[:2000].cpu()).T, s=3, c=test_y[:2000].cpu(), cmap="tab10")
+        points = tsne(test_z[:2000].cpu())  # (2000, 2)
+        ax.scatter(points[:, 0], points[:, 1], s=3, c=test_y[:2000].cpu(), cmap="tab10")
         ax.set(title=name, xticks=[], yticks=[])
     Path(c.out).mkdir(parents=True, exist_ok=True)
     plt.savefig(f"{c.out}/compare.png")
@@ -610,7 +614,8 @@ def train(c):
         dict(params=[p for p in trained if p.dim() > 1], weight_decay=c.weight_decay),
         dict(params=[p for p in trained if p.dim() == 1], weight_decay=0.0)], fused=True)
     steps = math.ceil(c.epochs * max(1, len(images) // c.batch_size))
-    out, step, best, seconds = Path(c.out), 0, -1.0, 0.0
+    out = Path(c.out)
+    step, best, seconds = 0, -1.0, 0.0
     if c.resume:
         saved = torch.load(out / "ckpt.pt", map_location=device, weights_only=True)
         for name in ("data", "val", *SHAPE):
@@ -638,7 +643,8 @@ def train(c):
         if step % (c.eval_every or math.ceil(steps / 4)) == 0 or step == steps:
             scores = evaluate(c, raw, train_split, val, autocast)
             log_row(c, step=step, seconds=seconds, **scores)
-            improved, best = scores["knn"] > best, max(scores["knn"], best)
+            improved = scores["knn"] > best
+            best = max(scores["knn"], best)
             state = dict(model=raw.state_dict(), encoder=raw.target_encoder.state_dict(),
                          encoder_config={n: getattr(c, n) for n in SHAPE[:4]} | dict(image_size=32),
                          optimizer=optimizer.state_dict(), config=vars(c), step=step, best=best,

@@ -511,7 +511,7 @@ class Config:
     cutmix: float = 0.0  # the same [5]; 1 in [2]'s code, which has both
     label_smoothing: float = 0.1  # share of a target that is spread over all classes
     teacher: str = ""  # .npy: its logits for all training images and their mirrors
-    temperature: float = 2.0  # of the teacher's probabilities
+    temperature: float = 1.0  # of the teacher's probabilities
     lr: float = 2e-3  # peak
     layer_decay: float = 1.0  # a layer's rate over that of the next; .75 with --init
     warmup: int = 100  # steps

@@ -13,7 +13,6 @@ model appends each token that it samples. To fine-tune it, go on with the same l
 What to expect (torch 2.13.0, one core of an AMD EPYC, fp32, n = 1; logs in assets/logs/gpt2/):
 - python gpt2.py: val loss 1.312 on Python 3.11's library after 118 s of training
 - Shakespeare by bytes, --steps 2000: 1.560 after 128 s. nanoGPT's setting for CPUs ends at 1.902
-- 500 steps on Shakespeare: Muon 1.776, AdamW 1.998, Lion 2.038, Sophia 2.092, Adam 2.467 (n = 3)
 Rotary positions [3] and Muon [9] are newer than GPT-2. GPT's own choices ([2] states few) are
 --pos learned --tokenizer gpt2 --optimizer adamw --weight_decay 0.01 --dropout 0.1 --lr 2.5e-4.
 
@@ -539,6 +538,7 @@ def train(c):
     step, best, seconds = 0, math.inf, 0.0
     if c.resume:
         saved = torch.load(f"{c.out}/ckpt.pt", c.device, weights_only=True)
+        assert saved["config"]["data"] == c.data, f"ckpt.pt has --data {saved['config']['data']}"
         for optimizer, state in zip(optimizers, saved["optimizer"], strict=True):
             optimizer.load_state_dict(state)
         step, best, seconds = saved["step"], saved["best"], saved["seconds"]

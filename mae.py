@@ -147,7 +147,8 @@ class MAE(nn.Module):
             url = f"https://dl.fbaipublicfiles.com/mae/visualize/{name_or_path}.pth"
             saved = torch.hub.load_state_dict_from_url(url, data_dir, "cpu", weights_only=True)
         else:
-            saved = torch.load(name_or_path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals([argparse.Namespace]):  # their flags
+                saved = torch.load(name_or_path, map_location="cpu", weights_only=True)
         flags = saved.get("config", {})  # of this script
         w = {name.removeprefix("module.").removeprefix("_orig_mod."): t
              for name, t in saved.get("model", saved).items()}

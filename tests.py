@@ -9,6 +9,7 @@ loop in fp64 from the paper's equation, a closed form, a second run. Scripts run
 through main(argv). Tests that need GPT-2's vocabulary skip where tiktoken can't have it.
 """
 
+import argparse
 import ast
 import colorsys
 import contextlib
@@ -298,7 +299,6 @@ class TestHouse(Case):
                 self.assertEqual(load(path), dict(step=1))
 
     def test_figures(self):
-        """The README's figures of default runs are those of their logs."""
         text = (HERE / "README.md").read_text(encoding="utf-8")
         keys = dict.fromkeys(("mae", "simclr", "ijepa"), ["linear", "linear_random_init"])
         for script in ("resnet", "vit", *keys):
@@ -656,10 +656,10 @@ class TestGPT2(Case):
     def test_checkpoints(self):
         """best.pt is the best; more steps stretch the schedule; --init."""
         flags = [*self.tiny, "--out", self.out]
-        losses = iter((3.0, 1.0, 2.0))
-        with mock.patch.object(self.gpt2, "evaluate", lambda *a: next(losses)):
+        with mock.patch.object(self.gpt2, "evaluate", side_effect=(3.0, 1.0, 2.0)):
             run("gpt2", *flags, "--steps", 30)
         self.assertEqual(load(self.out / "best.pt")["step"], 20)
+        self.assertIn("has --data", refused("gpt2", *flags, "--resume", "--data", HERE / "vit.py"))
         run("gpt2", *flags, "--resume", "--steps", 40)
         lr = next(row["lr"] for row in rows(self.out) if row["step"] == 35)
         self.assertAlmostEqual(lr, 0.03 * (1 + math.cos(math.pi * 32 / 38)) / 2)
@@ -1880,7 +1880,7 @@ class TestMAE(Case):
         for dim, heads in ((1280, 16), (128, 2)):
             model = self.model(dim=dim, heads=heads, depth=1, decoder_dim=64)
             wrapped = {"module." + name: w for name, w in model.state_dict().items()}
-            torch.save(dict(model=wrapped, epoch=1), path)
+            torch.save(dict(model=wrapped, args=argparse.Namespace()), path)
             self.same(from_pretrained(path)(x, 0.75, noise), model(x, 0.75, noise))
         big = from_pretrained(path, image_size=32, norm_pix_loss=True)
         self.assertTrue(big.norm_pix_loss)

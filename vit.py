@@ -15,7 +15,7 @@ augmentation [3-5], weights from elsewhere (--init) or a teacher's answers [2, 8
 
 What to expect (torch 2.13.0; assets/logs/vit/): python vit.py, test accuracy 70.7% on shapes after
 97 s on one core of an AMD EPYC in bfloat16; the second command, by an earlier version, 71.3% of a
-JPEG copy's test images (three points below the original); README.md has a recipe for GPUs. n = 1.
+JPEG copy's test images (three points below the original); assets/logs has one for GPUs. n = 1.
 
 Differs from [1]: conv stem, fixed 2-D positions, mean of the patches, weight decay .05, smoothed
 labels, no dropout. From [2]: TrivialAugment, no erasing; one head for labels and teacher.

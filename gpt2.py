@@ -461,11 +461,11 @@ class Config:
 def start_log(c, step):
     """Write config.json, and leave in log.jsonl what came before the step."""
     path = Path(c.out) / "log.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if step else []
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_name("config.json").write_text(json.dumps(dataclasses.asdict(c), indent=2))
-    rows = [row for row in rows if row["step"] <= step and "final" not in row]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.with_name("config.json").write_text(json.dumps(vars(c), indent=2))
+    lines = path.read_text().splitlines(keepends=True) if step else []
+    lines = [line for line in lines if json.loads(line)["step"] <= step and "final" not in line]
+    path.write_text("".join(lines))
 
 
 def log(c, **row):

@@ -1,11 +1,11 @@
 r"""I-JEPA: from one part of an image, predict what another network makes of the rest.
 
-The encoder, a Transformer, reads one large block of an image's patches, the context. A few smaller
-blocks, the targets, have been cut out of it. From the encoder's vectors and the place of a target
-the predictor, a narrower Transformer, predicts the vectors that the target encoder, which reads the
-whole image, has there [1]. Unlike pixels, vectors may leave out what nobody can foretell, such as
-noise. The target encoder is a slow average of the encoder, and no gradient reaches it. If one did,
-the easiest way to a low loss would be the same vector everywhere: features would collapse.
+The encoder, a Transformer, reads one large block of an image's patches, the context, from which a
+few smaller blocks, the targets, are cut out. From its vectors and the place of a target the
+predictor, a narrower Transformer, predicts the vectors that the target encoder, which reads the
+whole image, has there [1]. Unlike pixels, vectors may leave out noise. The target encoder is a slow
+average of the encoder, and no gradient reaches it. If one did, the easiest way to a low loss would
+be the same vector everywhere: features would collapse.
 
     python ijepa.py                                        # offline: shapes that it draws
     python ijepa.py --no-stop_gradient --out out/collapse  # watch std and rankme fall
@@ -15,13 +15,11 @@ the easiest way to a low loss would be the same vector everywhere: features woul
     python ijepa.py --compare out/ijepa/features.pt,out/resnet/features.pt  # compare.png, a table
     python vit.py --init out/ijepa/ckpt.pt --lr 1e-3 --layer_decay 0.75     # fine-tune, with labels
 
-What to expect (torch 2.13.0, n = 1; assets/logs/ijepa/):
-- python ijepa.py, test images of shapes: linear probe 33.8% (random init 22.1%, pixels 16.9%), kNN
-  26.9% (14.0%, 36.5%), RankMe 46, after 2,808 steps in bfloat16 on a core of an AMD EPYC
+What to expect (torch 2.13.0, one core of an AMD EPYC in bfloat16; assets/logs/ijepa/): by default,
+test images of shapes, linear probe 33.8% (random init 22.1%, pixels 16.9%), RankMe 46.
 
-Features are the mean of the target encoder's vectors. Differs from [1]: images aren't cropped, two
-targets, constant weight decay. A block's share and aspect are drawn apart, and it may lie at the
-last row or column, which the code of [1] leaves out. Weights start as Xavier's.
+Differs from [1]: images aren't cropped; two targets; blocks may touch the last row and column; the
+decay is constant; Xavier's weights. Features are the mean of the target encoder's vectors.
 
 [1] I-JEPA, arXiv 2301.08243v3, and its code, github.com/facebookresearch/ijepa
 [2] t-SNE, JMLR 9, 2579-2605 (2008)  [3] RankMe, 2210.02885v3  [4] SimSiam, 2011.10566v1
@@ -33,7 +31,7 @@ import dataclasses
 import json
 import math
 import os
-import tarfile
+import shutil
 import time
 from collections import OrderedDict
 from pathlib import Path
@@ -89,13 +87,14 @@ class Encoder(nn.Module):
         super().__init__()
         assert image_size % patch_size == dim % heads == 0, "patches or heads don't divide"
         self.grid = image_size // patch_size
-        self.patch_embed = PatchEmbed(patch_size, dim)
+        self.patch_embed = nn.Sequential(OrderedDict(  # one matrix for all patches
+            proj=nn.Conv2d(3, dim, patch_size, stride=patch_size)))
         self.pos_embed = nn.Parameter(sincos_2d(dim, self.grid)[None], requires_grad=False)
         self.blocks = nn.ModuleList(PreNormBlock(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
     def forward(self, images, ids=None):
-        x = self.patch_embed(images) + self.pos_embed  # (B, N, C)
+        x = self.patch_embed(images).flatten(2).mT + self.pos_embed  # (B, N, C)
         if ids is not None:
             x = x.take_along_dim(ids[:, :, None], dim=1)  # (B, K, C)
         for block in self.blocks:
@@ -109,11 +108,10 @@ class Encoder(nn.Module):
 
 class Predictor(nn.Module):
     """From the encoder's vectors (B, K, C) at context_ids (B, K), guess the target encoder's at
-    target_ids (B, M): (B, M, C). Parameters are named as in [1]'s code."""
+    target_ids (B, M): (B, M, C)."""
 
     def __init__(self, num_patches, dim, predictor_dim, depth, heads):
         super().__init__()
-        assert predictor_dim % heads == 0, f"{heads} heads don't divide {predictor_dim} channels"
         positions = sincos_2d(predictor_dim, math.isqrt(num_patches))
         self.predictor_pos_embed = nn.Parameter(positions[None], requires_grad=False)
         self.predictor_embed = nn.Linear(dim, predictor_dim)
@@ -135,18 +133,6 @@ class Predictor(nn.Module):
 
 
 # ---- The Transformer's parts: x (B, N, C) -> (B, N, C)
-
-class PatchEmbed(nn.Module):
-    """Cut x (B, 3, H, W) into patches of P x P pixels, row by row, and project each: (B, N, C)."""
-
-    def __init__(self, patch_size, dim):
-        super().__init__()
-        self.proj = nn.Conv2d(3, dim, patch_size, stride=patch_size)
-
-    def forward(self, x):  # self.proj(x), by a matrix product: in bfloat16 some CPUs convolve wrong
-        x = F.unfold(x, self.proj.stride, stride=self.proj.stride).mT.contiguous()  # (B, N, 3 P^2)
-        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)  # (B, N, C)
-
 
 class PreNormBlock(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)): arXiv 2010.11929v2 eq. 2 and 3."""
@@ -197,12 +183,10 @@ def sincos_2d(dim, grid):
 def sample_masks(batch, grid, generator, targets=4, target_scale=(0.15, 0.2),
                  context_scale=(0.85, 1.0), aspect=(0.75, 1.5), device="cpu"):
     """Multi-block masks ([1] 3) of grid x grid patches: context_ids (B, K), and a list of
-    target_ids (B, M), one for each target. A batch has one size of context and one of targets:
-    scales are shares of the image, the aspect is height over width. Places are each block's own.
-
-    A context is a square less all targets. An image left with less than a quarter of its patches
-    draws new targets, up to ten times. Then contexts lose random patches until all are as short as
-    the shortest. Raises ValueError if that is empty."""
+    target_ids (B, M). Scales are shares of the image, the aspect is height over width: one size of
+    context and one of targets in a batch. A context is a square less all targets; an image left
+    with less than a quarter of its patches draws new targets, up to ten times. Then contexts lose
+    random patches until all are as short as the shortest. ValueError if that is empty."""
     def uniform(low, high):
         return low + (high - low) * torch.rand((), generator=generator).item()
 
@@ -218,14 +202,14 @@ def sample_masks(batch, grid, generator, targets=4, target_scale=(0.15, 0.2),
 
     N = grid**2
     square = place(batch, N * uniform(*context_scale), 1.0).flatten(1)  # (B, N)
-    area, ratio = N * uniform(*target_scale), uniform(*aspect)
-    target = torch.ones(batch, targets, N, dtype=torch.bool)  # full, so that all are drawn
+    area = N * uniform(*target_scale)
+    ratio = uniform(*aspect)
+    target = torch.zeros(batch, targets, N, dtype=torch.bool)
+    context = torch.zeros(batch, N)
     for _ in range(11):  # once for all, then ten times for those with too little left
-        context = square & ~target.any(dim=1)  # (B, N)
         short = context.sum(dim=1) < N / 4  # (B,)
-        drawn = place(batch * targets, area, ratio).view(batch, targets, N)
-        target[short] = drawn[short]
-    context = square & ~target.any(dim=1)
+        target[short] = place(batch * targets, area, ratio).view(batch, targets, N)[short]
+        context = square & ~target.any(dim=1)  # (B, N)
     K = int(context.sum(dim=1).min())
     if K == 0:
         raise ValueError(f"{targets} targets of {target_scale} leave nothing of a context")
@@ -239,9 +223,9 @@ def jepa_batch(c, images, step):
     """Images (B, 3, S, S) and their masks: a function of (seed, step) alone."""
     epoch, position = divmod(step, max(1, len(images) // c.batch_size))
     order = np.random.default_rng((c.seed, 1, epoch)).permutation(len(images))
-    index = torch.from_numpy(order[position * c.batch_size:][:c.batch_size]).to(images.device)
+    index = torch.from_numpy(order[position * c.batch_size:][:c.batch_size])
     generator = torch.Generator().manual_seed(c.seed * 1_000_003 + step)
-    masks = sample_masks(len(index), 32 // c.patch_size, generator, c.targets, device=index.device)
+    masks = sample_masks(len(index), 32 // c.patch_size, generator, c.targets, device=images.device)
     return standardise(images[index]), *masks
 
 
@@ -251,22 +235,6 @@ def learning_rate(step, peak, warmup, steps):
         return peak * (step + 1) / (warmup + 1)
     progress = min(1, (step - warmup) / max(1, steps - warmup))
     return peak * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def jepa_step(c, model, raw, optimizer, batch, step, steps, autocast):
-    """One step of encoder and predictor, then of the target encoder. Returns the loss."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, c.lr, c.warmup, steps)
-    with autocast:
-        loss = model(*batch)
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    momentum = c.ema_start + (1 - c.ema_start) * step / steps
-    with torch.no_grad():
-        for slow, w in zip(raw.target_encoder.parameters(), raw.encoder.parameters(), strict=True):
-            slow.lerp_(w, 1 - momentum)  # slow <- momentum slow + (1 - momentum) w
-    return loss.item()
 
 
 # ---- Data
@@ -279,28 +247,24 @@ CIFAR10_STATS = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # mean and s
 def load_cifar10(root):
     """train_x (50000, 3, 32, 32) uint8, train_y (50000,) int64, test_x, test_y, from the official
     binary files in root/cifar-10-batches-bin. If they aren't there, they are downloaded: 170 MB."""
-    root, parts = Path(root), []
-    if not (root / "cifar-10-batches-bin").exists():
-        root.mkdir(parents=True, exist_ok=True)
-        archive = root / "cifar-10-binary.tar.gz"
+    folder = Path(root) / "cifar-10-batches-bin"
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        archive = folder.with_name("cifar-10-binary.tar.gz")
         torch.hub.download_url_to_file(CIFAR10, str(archive), CIFAR10_SHA256)
-        with tarfile.open(archive) as tar:
-            tar.extractall(root, filter="data")
-    for name in [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]:
-        path = root / "cifar-10-batches-bin" / name
-        records = np.fromfile(path, np.uint8)  # of a label and 3,072 bytes: red, green, blue
-        if len(records) != 10000 * 3073 or records[::3073].max() > 9:
-            raise ValueError(f"{path} is not CIFAR-10's: delete its folder and try again")
-        parts.append(torch.from_numpy(records.reshape(10000, 3073)))
-    data = torch.cat(parts)
+        shutil.unpack_archive(archive, root)
+    names = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
+    data = np.concatenate([np.fromfile(folder / name, np.uint8) for name in names])
+    if len(data) != 60000 * 3073 or data[::3073].max() > 9:
+        raise ValueError(f"{folder} is not CIFAR-10's: delete it and try again")
+    data = torch.from_numpy(data.reshape(60000, 3073))  # a label and 3,072 bytes: red, green, blue
     x, y = data[:, 1:].reshape(-1, 3, 32, 32), data[:, 0].long()
     return x[:50000], y[:50000], x[50000:], y[50000:]
 
 
 def make_shapes(n, seed):
-    """Draw x (n, 3, 32, 32) uint8 and y (n,) int64: outlines r = .65 + .3 cos(lobes angle) of 0, 2,
-    3, 4 or 5 lobes, filled (classes 0 to 4) or hollow (5 to 9), anywhere, at any angle, in any
-    colours. Clutter and noise hide them from a linear classifier."""
+    """Draw x (n, 3, 32, 32) uint8 and y (n,) int64: outlines r = .65 + .3 cos(lobes angle) with 0,
+    2, 3, 4 or 5 lobes, filled (classes 0 to 4) or hollow (5 to 9), among clutter and noise."""
     g = torch.Generator().manual_seed(seed)
 
     def uniform(low, high, channels=1):
@@ -351,13 +315,11 @@ def extract(encoder, split, autocast):
         return torch.cat([encoder(standardise(x)).float() for x in images.split(500)]), labels
 
 
-@torch.no_grad()
 def knn_accuracy(train_z, train_y, test_z, test_y, k=20, temperature=0.07):
     """Share of test features (M, C) for whose label the k nearest training features (N, C) vote.
     At cosine s a vote weighs exp(s / temperature) (arXiv 1805.01978v1 3.4). Nothing is fitted."""
-    train_z = F.normalize(train_z, dim=1)
-    test_z = F.normalize(test_z, dim=1)
-    s, nearest = (test_z @ train_z.mT).topk(min(k, len(train_z)))  # (M, k), the largest first
+    s = F.normalize(test_z, dim=1) @ F.normalize(train_z, dim=1).mT  # (M, N)
+    s, nearest = s.topk(min(k, len(train_z)))  # (M, k), the largest first
     weights = ((s - s[:, :1]) / temperature).exp()  # none overflows if the largest is 1
     votes = F.one_hot(train_y)[nearest] * weights[:, :, None]  # (M, k, classes)
     return (votes.sum(dim=1).argmax(dim=1) == test_y).float().mean().item()
@@ -365,12 +327,10 @@ def knn_accuracy(train_z, train_y, test_z, test_y, k=20, temperature=0.07):
 
 def linear_probe(train_z, train_y, val_z, val_y, test_z, test_y, steps=1000,
                  rates=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)):
-    """Accuracy on test features (M, C) of a linear classifier of training features (N, C), which
-    are standardised, as in arXiv 2111.06377v3 A.1. SGD trains one for each of R rates; the best on
-    validation counts."""
-    mean = train_z.mean(dim=0)
-    std = (train_z.var(dim=0) + 1e-6).sqrt()
-    train_z, val_z, test_z = ((z - mean) / std for z in (train_z, val_z, test_z))
+    """Accuracy on test features (M, C) of a linear classifier of standardised training features
+    (N, C): arXiv 2111.06377v3 A.1. SGD trains one for each rate; the best on validation counts."""
+    var, mean = torch.var_mean(train_z, dim=0)
+    train_z, val_z, test_z = ((z - mean) / (var + 1e-6).sqrt() for z in (train_z, val_z, test_z))
     classifiers = nn.Linear(train_z.size(1), len(rates) * 10).to(train_z)  # side by side
     for p in classifiers.parameters():
         nn.init.zeros_(p)
@@ -378,12 +338,12 @@ def linear_probe(train_z, train_y, val_z, val_y, test_z, test_y, steps=1000,
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
-        index = torch.randint(len(train_z), (256,), generator=generator).to(train_z.device)
+        index = torch.randint(len(train_z), (256,), generator=generator)
         logits = classifiers(train_z[index]).split(10, dim=1)  # for each rate (256, classes)
-        losses = [F.cross_entropy(x, train_y[index]) for x in logits]
-        loss = sum(rate * loss for rate, loss in zip(rates, losses, strict=True))
+        loss = sum(rate * F.cross_entropy(x, train_y[index])  # each learns at a rate of its own
+                   for rate, x in zip(rates, logits, strict=True))
         optimizer.zero_grad()
-        loss.backward()  # so that each classifier has a rate of its own
+        loss.backward()
         optimizer.step()
         schedule.step()
     val_right, test_right = (
@@ -394,16 +354,15 @@ def linear_probe(train_z, train_y, val_z, val_y, test_z, test_y, steps=1000,
 
 
 def test_encoders(c, encoders, splits, autocast, **row):
-    """Read the test set, once: probe encoders, a dict of functions of images (B, 3, H, W). Names
-    end the scores'. The trained one's is "": its features are kept, for ijepa.py --compare."""
+    """Read the test set, once, with functions of images (B, 3, H, W). Names end the scores'."""
     for name, encoder in encoders.items():
         train, val, test = (extract(encoder, split, autocast) for split in splits)
         row["knn" + name] = knn_accuracy(*train, *test)
         row["linear" + name] = linear_probe(*train, *val, *test)
-        if name == "":
-            train_z, train_y, test_z, test_y = (t[:10000].cpu().clone() for t in (*train, *test))
-            save(f"{c.out}/features.pt", dict(name=Path(c.out).name, train_z=train_z,
-                                              train_y=train_y, test_z=test_z, test_y=test_y))
+        if name == "":  # the trained one: its features are kept, for ijepa.py --compare
+            names = "train_z", "train_y", "test_z", "test_y"
+            kept = (t[:10000].cpu().clone() for t in (*train, *test))
+            save(f"{c.out}/features.pt", dict(zip(names, kept, strict=True), name=Path(c.out).name))
     log_row(c, **row, final=True)
 
 
@@ -416,12 +375,9 @@ def rankme(z):
 
 
 def evaluate(c, model, train_split, val, autocast):
-    """The loss on validation images, always with the same masks, and what probes make of their
-    features. Here the linear one's rate is chosen on the images that it is scored on.
-
-    A falling loss alone is no progress: targets may have become alike. over_mean is the loss over
-    that of predicting each place's mean target: at 1 only the place is known. In a collapse the std
-    of z / |z|, times sqrt(C) [4], falls towards 0, and rankme towards 1."""
+    """A falling loss alone is no progress: targets may have become alike. over_mean is the loss
+    over that of predicting each place's mean target: at 1 only the place is known. In a collapse
+    the std of z / |z|, times sqrt(C) [4], falls towards 0, and rankme towards 1."""
     x, context_ids, target_ids = jepa_batch(dataclasses.replace(c, batch_size=1000), val[0], 0)
     with torch.no_grad(), autocast:
         loss = model(x, context_ids, target_ids)
@@ -429,33 +385,30 @@ def evaluate(c, model, train_split, val, autocast):
     ids = torch.cat(target_ids, dim=1)
     error = (z - z.mean(dim=0)).take_along_dim(ids[:, :, None], dim=1)
     of_mean = F.smooth_l1_loss(error, torch.zeros_like(error))
-    few = [t[:c.probe_images] for t in train_split]
-    encoder = model.target_encoder if c.stop_gradient else model.encoder
-    train, val = (extract(encoder.features, split, autocast) for split in (few, val))
+    few = [t[:4000] for t in train_split]
+    features = model.target_encoder.features
+    train, val = (extract(features, split, autocast) for split in (few, val))
     std = F.normalize(val[0]).std(dim=0).mean() * c.dim**0.5
     return dict(
         val_loss=loss.item(), over_mean=(loss / of_mean).item(), std=std.item(),
         rankme=rankme(val[0]), knn=knn_accuracy(*train, *val),
-        linear=linear_probe(*train, *val, *val))
+        linear=linear_probe(*train, *val, *val))  # rate and score of the same images
 
 
 def tsne(x, perplexity=30.0, steps=1000):
-    """A map (N, 2) of points x (N, C) that keeps neighbours together ([2] Algorithm 1). Distances
-    between clusters mean little."""
+    """A map (N, 2) of points x (N, C) that keeps neighbours together ([2] Algorithm 1)."""
     U, sigma, _ = torch.pca_lowrank(x.double(), min(50, *x.shape))
     x = U * sigma  # (N, 50)
     D = torch.cdist(x, x).square()
-    D = (D / (D.mean() + 1e-30)).fill_diagonal_(math.inf)  # no point is its own neighbour
-    low = torch.full_like(D[:, :1], -30.0)
-    high = -low
-    for _ in range(40):  # bisect log beta, until p_j|i ~ exp(-beta D_ij) is as wide as asked for
-        middle = (low + high) / 2
-        p = (-middle.exp() * D).softmax(dim=1)
+    D = D / (D.mean() + 1e-30)
+    D.fill_diagonal_(math.inf)  # no point is its own neighbour
+    log_beta = torch.zeros_like(D[:, :1])
+    for halving in range(40):  # bisect, until p_j|i ~ exp(-beta D_ij) is as wide as asked for
+        p = (-log_beta.exp() * D).softmax(dim=1)
         wide = torch.special.entr(p).sum(dim=1, keepdim=True) > math.log(perplexity)
-        low = torch.where(wide, middle, low)
-        high = torch.where(wide, high, middle)
+        log_beta = log_beta + torch.where(wide, 15.0, -15.0) / 2**halving
     P = (p + p.T).float() / (2 * len(x))
-    y = 1e-4 * x[:, :2].float() / (x[:, 0].std().float() + 1e-30)
+    y = 0.01 * torch.randn(len(x), 2)
     velocity = torch.zeros_like(y)
     gain = torch.ones_like(y)
     rate = max(50, len(x) / 48)
@@ -474,9 +427,8 @@ def tsne(x, perplexity=30.0, steps=1000):
 
 
 def compare(c):
-    """--compare: probe features files, an encoder before it learned, and pixels; draw t-SNE maps of
-    2,000 test images, 40 s each on one core. Probes are fitted on nine tenths of the training
-    features. The last tenth chooses the linear one's rate."""
+    """--compare: probe features files, an untrained encoder and pixels, and draw t-SNE maps of
+    2,000 test images, 40 s each. A tenth of the training features chooses the probe's rate."""
     import matplotlib.pyplot as plt  # pip install matplotlib
     device, autocast = choose_device(c.device, c.dtype)
     train, _, test = [[t[:10000].to(device) for t in split] for split in load_images(c)]
@@ -490,8 +442,7 @@ def compare(c):
     for name, encoder in encoders.items():
         rows.append([name, *extract(encoder, train, autocast), *extract(encoder, test, autocast)])
     _, axes = plt.subplots(1, len(rows), figsize=(4 * len(rows), 4), layout="tight")
-    for ax, row in zip(axes, rows, strict=True):
-        name, z, y, test_z, test_y = row
+    for ax, (name, z, y, test_z, test_y) in zip(axes, rows, strict=True):
         assert torch.equal(test_y, test[1]), f"{name} isn't of --data {c.data}"
         cut = len(z) * 9 // 10
         fitted = z[:cut], y[:cut]
@@ -501,7 +452,6 @@ def compare(c):
         points = tsne(test_z[:2000].cpu())  # (2000, 2)
         ax.scatter(points[:, 0], points[:, 1], s=3, c=test_y[:2000].cpu(), cmap="tab10")
         ax.set(title=name, xticks=[], yticks=[])
-    Path(c.out).mkdir(parents=True, exist_ok=True)
     plt.savefig(f"{c.out}/compare.png")
 
 
@@ -512,13 +462,11 @@ def show_masks(c):
     grid = 32 // c.patch_size
     columns = [x]
     for ids in (context_ids, *target_ids):
-        seen = torch.zeros(len(x), grid**2).scatter(1, ids, 1.0)
-        seen = F.interpolate(seen.view(-1, 1, grid, grid), (32, 32))
-        columns.append(x * seen)  # 0 is grey
-    sheet = torch.stack(columns)[:, :6] / 4 + 0.5  # in 0 to 1: (columns, 6, 3, 32, 32)
-    sheet = sheet.permute(1, 3, 0, 4, 2).flatten(2, 3).flatten(0, 1)  # (6 * 32, columns * 32, 3)
-    Path(c.out).mkdir(parents=True, exist_ok=True)
-    plt.imsave(f"{c.out}/masks.png", sheet.clamp(0, 1).numpy())
+        seen = torch.zeros(len(x), grid**2).scatter(1, ids, 1.0).view(-1, 1, grid, grid)
+        columns.append(x * F.interpolate(seen, (32, 32)))  # 0 is grey
+    sheet = torch.cat(columns, dim=3)[:6].transpose(0, 1).flatten(1, 2)  # (3, 6 * 32, columns * 32)
+    sheet = (sheet / 4 + 0.5).clamp(0, 1)
+    plt.imsave(f"{c.out}/masks.png", sheet.permute(1, 2, 0).numpy())
 
 
 # ---- Training
@@ -550,7 +498,6 @@ class Config:
     warmup: int = 100  # steps
     batch_size: int = 64
     epochs: float = 18.0
-    probe_images: int = 4000  # training images for the probes during the run; at its end all
     eval_every: int = 0  # steps between evaluations, each with a checkpoint; 0: a quarter of all
     log_every: int = 10
     seed: int = 0
@@ -563,26 +510,24 @@ class Config:
 def choose_device(name, dtype):
     """The device, and autocast to bfloat16 where the hardware has products in it."""
     if name == "auto":
-        found = torch.accelerator.is_available()  # cuda or mps
-        name = torch.accelerator.current_accelerator().type if found else "cpu"
-    if dtype == "auto":
-        fast = name == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        if name == "cpu":
-            can = torch.cpu.get_capabilities()
-            fast = can.get("avx512_bf16") or can.get("amx_bf16")
-        dtype = "bfloat16" if fast else "float32"
+        name = torch.accelerator.current_accelerator(check_available=True) or "cpu"  # cuda or mps
     device = torch.device(name)
-    return device, torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        can = torch.cpu.get_capabilities()
+        fast = can.get("avx512_bf16", False) or can.get("amx_bf16", False)
+    enabled = fast if dtype == "auto" else dtype == "bfloat16"
+    return device, torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 def start_log(c, step):
     """Write config.json, and leave in log.jsonl what came before the step."""
     path = Path(c.out) / "log.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if step else []
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_name("config.json").write_text(json.dumps(dataclasses.asdict(c), indent=2))
-    rows = [row for row in rows if row["step"] <= step and "final" not in row]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.with_name("config.json").write_text(json.dumps(vars(c), indent=2))
+    lines = path.read_text().splitlines(keepends=True) if step else []
+    lines = [line for line in lines if json.loads(line)["step"] <= step and "final" not in line]
+    path.write_text("".join(lines))
 
 
 def log_row(c, **row):
@@ -609,36 +554,45 @@ def train(c):
     raw = copy.deepcopy(fresh)
     if c.init:
         raw.load_state_dict(torch.load(c.init, device, weights_only=True)["model"])
-    trained = [p for p in raw.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW([  # neither biases nor norms decay
-        dict(params=[p for p in trained if p.dim() > 1], weight_decay=c.weight_decay),
-        dict(params=[p for p in trained if p.dim() == 1], weight_decay=0.0)], fused=True)
+        dict(params=[p for p in raw.parameters() if p.dim() > 1], weight_decay=c.weight_decay),
+        dict(params=[p for p in raw.parameters() if p.dim() == 1], weight_decay=0.0)], fused=True)
+    slow_weights = list(raw.target_encoder.parameters())
+    weights = list(raw.encoder.parameters())
     steps = math.ceil(c.epochs * max(1, len(images) // c.batch_size))
     out = Path(c.out)
     step, best, seconds = 0, -1.0, 0.0
     if c.resume:
-        saved = torch.load(out / "ckpt.pt", map_location=device, weights_only=True)
-        for name in ("data", "val", *SHAPE):
-            assert saved["config"][name] == getattr(c, name), f"{out} has another --{name}"
+        saved = torch.load(out / "ckpt.pt", device, weights_only=True)
+        assert saved["config"]["data"] == c.data, f"{out} has another --data"
         raw.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         step, best, seconds = saved["step"], saved["best"], saved["seconds"]
     assert step < steps, f"--epochs {c.epochs} means {steps} steps, but the run is at step {step}"
     start_log(c, step)
-    if step == 0:
-        (out / "best.pt").unlink(missing_ok=True)  # an older run's
-    print(f"{sum(p.numel() for p in trained):,} parameters, {steps} steps on {device}")
+    print(f"{sum(p.numel() for p in raw.parameters()):,} parameters, {steps} steps on {device}")
     model = torch.compile(raw) if c.compile else raw
     while step < steps:
         started = time.perf_counter()
         batch = jepa_batch(c, images, step)
-        loss = jepa_step(c, model, raw, optimizer, batch, step, steps, autocast)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, c.lr, c.warmup, steps)
+        with autocast:
+            loss = model(*batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        momentum = c.ema_start + (1 - c.ema_start) * step / steps
+        with torch.no_grad():
+            for slow, w in zip(slow_weights, weights, strict=True):
+                slow.lerp_(w, 1 - momentum)  # slow <- momentum slow + (1 - momentum) w
+        loss = loss.item()
         duration = time.perf_counter() - started
         assert math.isfinite(loss), f"loss is {loss} at step {step}"
         step += 1
         seconds += duration
         if step % c.log_every == 0:
-            log_row(c, step=step, loss=loss, lr=optimizer.param_groups[0]["lr"], seconds=seconds,
+            log_row(c, step=step, loss=loss, lr=group["lr"], seconds=seconds,
                     images_per_s=len(batch[0]) / duration)
         if step % (c.eval_every or math.ceil(steps / 4)) == 0 or step == steps:
             scores = evaluate(c, raw, train_split, val, autocast)
@@ -673,6 +627,7 @@ def make_parser():
 
 def main(argv=None):
     c = Config(**vars(make_parser().parse_args(argv)))
+    Path(c.out).mkdir(parents=True, exist_ok=True)
     if c.compare:
         compare(c)
     elif c.show_masks:

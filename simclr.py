@@ -28,8 +28,8 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import sys
-import tarfile
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -278,28 +278,24 @@ CIFAR10_STATS = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # mean and s
 def load_cifar10(root):
     """train_x (50000, 3, 32, 32) uint8, train_y (50000,) int64, test_x, test_y, from the official
     binary files in root/cifar-10-batches-bin. If they aren't there, they are downloaded: 170 MB."""
-    root, parts = Path(root), []
-    if not (root / "cifar-10-batches-bin").exists():
-        root.mkdir(parents=True, exist_ok=True)
-        archive = root / "cifar-10-binary.tar.gz"
+    folder = Path(root) / "cifar-10-batches-bin"
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        archive = folder.with_name("cifar-10-binary.tar.gz")
         torch.hub.download_url_to_file(CIFAR10, str(archive), CIFAR10_SHA256)
-        with tarfile.open(archive) as tar:
-            tar.extractall(root, filter="data")
-    for name in [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]:
-        path = root / "cifar-10-batches-bin" / name
-        records = np.fromfile(path, np.uint8)  # of a label and 3,072 bytes: red, green, blue
-        if len(records) != 10000 * 3073 or records[::3073].max() > 9:
-            raise ValueError(f"{path} is not CIFAR-10's: delete its folder and try again")
-        parts.append(torch.from_numpy(records.reshape(10000, 3073)))
-    data = torch.cat(parts)
+        shutil.unpack_archive(archive, root)
+    names = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
+    data = np.concatenate([np.fromfile(folder / name, np.uint8) for name in names])
+    if len(data) != 60000 * 3073 or data[::3073].max() > 9:
+        raise ValueError(f"{folder} is not CIFAR-10's: delete it and try again")
+    data = torch.from_numpy(data.reshape(60000, 3073))  # a label and 3,072 bytes: red, green, blue
     x, y = data[:, 1:].reshape(-1, 3, 32, 32), data[:, 0].long()
     return x[:50000], y[:50000], x[50000:], y[50000:]
 
 
 def make_shapes(n, seed):
-    """Draw x (n, 3, 32, 32) uint8 and y (n,) int64: outlines r = .65 + .3 cos(lobes angle) of 0, 2,
-    3, 4 or 5 lobes, filled (classes 0 to 4) or hollow (5 to 9), anywhere, at any angle, in any
-    colours. Clutter and noise hide them from a linear classifier."""
+    """Draw x (n, 3, 32, 32) uint8 and y (n,) int64: outlines r = .65 + .3 cos(lobes angle) with 0,
+    2, 3, 4 or 5 lobes, filled (classes 0 to 4) or hollow (5 to 9), among clutter and noise."""
     g = torch.Generator().manual_seed(seed)
 
     def uniform(low, high, channels=1):
@@ -350,13 +346,11 @@ def extract(encoder, split, autocast):
         return torch.cat([encoder(standardise(x)).float() for x in images.split(500)]), labels
 
 
-@torch.no_grad()
 def knn_accuracy(train_z, train_y, test_z, test_y, k=20, temperature=0.07):
     """Share of test features (M, C) for whose label the k nearest training features (N, C) vote.
     At cosine s a vote weighs exp(s / temperature) (arXiv 1805.01978v1 3.4). Nothing is fitted."""
-    train_z = F.normalize(train_z, dim=1)
-    test_z = F.normalize(test_z, dim=1)
-    s, nearest = (test_z @ train_z.mT).topk(min(k, len(train_z)))  # (M, k), the largest first
+    s = F.normalize(test_z, dim=1) @ F.normalize(train_z, dim=1).mT  # (M, N)
+    s, nearest = s.topk(min(k, len(train_z)))  # (M, k), the largest first
     weights = ((s - s[:, :1]) / temperature).exp()  # none overflows if the largest is 1
     votes = F.one_hot(train_y)[nearest] * weights[:, :, None]  # (M, k, classes)
     return (votes.sum(dim=1).argmax(dim=1) == test_y).float().mean().item()
@@ -364,12 +358,10 @@ def knn_accuracy(train_z, train_y, test_z, test_y, k=20, temperature=0.07):
 
 def linear_probe(train_z, train_y, val_z, val_y, test_z, test_y, steps=1000,
                  rates=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)):
-    """Accuracy on test features (M, C) of a linear classifier of training features (N, C), which
-    are standardised, as in arXiv 2111.06377v3 A.1. SGD trains one for each of R rates; the best on
-    validation counts."""
-    mean = train_z.mean(dim=0)
-    std = (train_z.var(dim=0) + 1e-6).sqrt()
-    train_z, val_z, test_z = ((z - mean) / std for z in (train_z, val_z, test_z))
+    """Accuracy on test features (M, C) of a linear classifier of standardised training features
+    (N, C): arXiv 2111.06377v3 A.1. SGD trains one for each rate; the best on validation counts."""
+    var, mean = torch.var_mean(train_z, dim=0)
+    train_z, val_z, test_z = ((z - mean) / (var + 1e-6).sqrt() for z in (train_z, val_z, test_z))
     classifiers = nn.Linear(train_z.size(1), len(rates) * 10).to(train_z)  # side by side
     for p in classifiers.parameters():
         nn.init.zeros_(p)
@@ -377,12 +369,12 @@ def linear_probe(train_z, train_y, val_z, val_y, test_z, test_y, steps=1000,
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
-        index = torch.randint(len(train_z), (256,), generator=generator).to(train_z.device)
+        index = torch.randint(len(train_z), (256,), generator=generator)
         logits = classifiers(train_z[index]).split(10, dim=1)  # for each rate (256, classes)
-        losses = [F.cross_entropy(x, train_y[index]) for x in logits]
-        loss = sum(rate * loss for rate, loss in zip(rates, losses, strict=True))
+        loss = sum(rate * F.cross_entropy(x, train_y[index])  # each learns at a rate of its own
+                   for rate, x in zip(rates, logits, strict=True))
         optimizer.zero_grad()
-        loss.backward()  # so that each classifier has a rate of its own
+        loss.backward()
         optimizer.step()
         schedule.step()
     val_right, test_right = (
@@ -393,16 +385,15 @@ def linear_probe(train_z, train_y, val_z, val_y, test_z, test_y, steps=1000,
 
 
 def test_encoders(c, encoders, splits, autocast, **row):
-    """Read the test set, once: probe encoders, a dict of functions of images (B, 3, H, W). Names
-    end the scores'. The trained one's is "": its features are kept, for ijepa.py --compare."""
+    """Read the test set, once, with functions of images (B, 3, H, W). Names end the scores'."""
     for name, encoder in encoders.items():
         train, val, test = (extract(encoder, split, autocast) for split in splits)
         row["knn" + name] = knn_accuracy(*train, *test)
         row["linear" + name] = linear_probe(*train, *val, *test)
-        if name == "":
-            train_z, train_y, test_z, test_y = (t[:10000].cpu().clone() for t in (*train, *test))
-            save(f"{c.out}/features.pt", dict(name=Path(c.out).name, train_z=train_z,
-                                              train_y=train_y, test_z=test_z, test_y=test_y))
+        if name == "":  # the trained one: its features are kept, for ijepa.py --compare
+            names = "train_z", "train_y", "test_z", "test_y"
+            kept = (t[:10000].cpu().clone() for t in (*train, *test))
+            save(f"{c.out}/features.pt", dict(zip(names, kept, strict=True), name=Path(c.out).name))
     log_row(c, **row, final=True)
 
 
@@ -473,26 +464,24 @@ class Config:
 def choose_device(name, dtype):
     """The device, and autocast to bfloat16 where the hardware has products in it."""
     if name == "auto":
-        found = torch.accelerator.is_available()  # cuda or mps
-        name = torch.accelerator.current_accelerator().type if found else "cpu"
-    if dtype == "auto":
-        fast = name == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        if name == "cpu":
-            can = torch.cpu.get_capabilities()
-            fast = can.get("avx512_bf16") or can.get("amx_bf16")
-        dtype = "bfloat16" if fast else "float32"
+        name = torch.accelerator.current_accelerator(check_available=True) or "cpu"  # cuda or mps
     device = torch.device(name)
-    return device, torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        can = torch.cpu.get_capabilities()
+        fast = can.get("avx512_bf16", False) or can.get("amx_bf16", False)
+    enabled = fast if dtype == "auto" else dtype == "bfloat16"
+    return device, torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 def start_log(c, step):
     """Write config.json, and leave in log.jsonl what came before the step."""
     path = Path(c.out) / "log.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if step else []
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_name("config.json").write_text(json.dumps(dataclasses.asdict(c), indent=2))
-    rows = [row for row in rows if row["step"] <= step and "final" not in row]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.with_name("config.json").write_text(json.dumps(vars(c), indent=2))
+    lines = path.read_text().splitlines(keepends=True) if step else []
+    lines = [line for line in lines if json.loads(line)["step"] <= step and "final" not in line]
+    path.write_text("".join(lines))
 
 
 def log_row(c, **row):
@@ -526,9 +515,10 @@ def train(c):
         dict(params=[p for p in raw.parameters() if p.dim() == 1], weight_decay=0.0)],
         weight_decay=c.weight_decay, fused=True)
     steps = math.ceil(c.epochs * max(1, len(images) // c.batch_size))
-    out, step, best, seconds = Path(c.out), 0, -1.0, 0.0
+    out = Path(c.out)
+    step, best, seconds = 0, -1.0, 0.0
     if c.resume:
-        saved = torch.load(out / "ckpt.pt", map_location=device, weights_only=True)
+        saved = torch.load(out / "ckpt.pt", device, weights_only=True)
         for name in ("data", "val", "loss", "width", "head_dim", "queue"):
             if saved["config"][name] != getattr(c, name):
                 sys.exit(f"{out}/ckpt.pt was made with --{name} {saved['config'][name]}")
@@ -563,7 +553,8 @@ def train(c):
         if step % (c.eval_every or math.ceil(steps / 4)) == 0 or step == steps:
             scores = evaluate(c, raw, train_split, val, autocast)
             log_row(c, step=step, seconds=seconds, **scores)
-            improved, best = scores["knn"] > best, max(scores["knn"], best)
+            improved = scores["knn"] > best
+            best = max(scores["knn"], best)
             state = dict(model=raw.state_dict(), encoder=encoder.state_dict(), config=vars(c),
                          optimizer=optimizer.state_dict(), step=step, best=best, seconds=seconds)
             if improved and c.val:

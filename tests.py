@@ -9,7 +9,6 @@ loop in fp64 from the paper's equation, a closed form, a second run. Scripts run
 through main(argv). Tests that need GPT-2's vocabulary skip where tiktoken can't have it.
 """
 
-import argparse
 import ast
 import colorsys
 import contextlib
@@ -1848,14 +1847,18 @@ class TestMAE(Case):
         model = self.model(norm_pix_loss=True)
         for p in model.decoder_pred.parameters():
             p.data.zero_()  # contrast 0: each patch's mean
-        images, path = torch.randint(0, 256, (3, 3, 16, 16)).float(), self.dir / "a.png"
-        self.mae.draw_reconstructions(self.mae.Config(), model, images, ((0,) * 3, (1,) * 3), path)
+        images, path = torch.randint(0, 256, (3, 3, 16, 16)), self.dir / "a.png"
+        self.mae.draw_reconstructions(self.mae.Config(), model, images, path)
         sheet = 255 * torch.tensor(plt.imread(path))[..., :3].view(3, 16, 3, 16, 3)
-        _, left, rebuilt = sheet.permute(0, 2, 4, 1, 3).round()
-        kept = (left == images).all(1, keepdim=True).expand_as(images)
-        self.same(rebuilt[kept], images[kept])
-        error = rebuilt - F.interpolate(F.avg_pool2d(images, 4), (16, 16)).mean(1, keepdim=True)
-        self.assertLess(error.mean(1)[~kept[:, 0]].abs().max().item(), 8)
+        whole, left, rebuilt = sheet.permute(0, 2, 4, 1, 3).round()
+        self.assertLessEqual((whole - images).abs().max().item(), 1)
+        kept = (left == whole).all(1, keepdim=True).expand_as(images)
+        self.assertEqual(kept.sum().item(), images.numel() / 4)
+        self.same(rebuilt[kept], whole[kept])
+        mean, std = (torch.tensor(s).view(3, 1, 1) for s in self.mae.IMAGENET_STATS)
+        x = F.avg_pool2d((images / 255 - mean) / std, 4).mean(1, keepdim=True)  # of a patch
+        error = rebuilt - 255 * (F.interpolate(x, (16, 16)) * std + mean).clamp(0, 1)
+        self.assertLess(error[~kept].abs().max().item(), 8)
 
     def test_start(self):
         """What a new network begins with ([1] A.1 and its code); unpatchify."""
@@ -1880,14 +1883,14 @@ class TestMAE(Case):
         for dim, heads in ((1280, 16), (128, 2)):
             model = self.model(dim=dim, heads=heads, depth=1, decoder_dim=64)
             wrapped = {"module." + name: w for name, w in model.state_dict().items()}
-            torch.save(dict(model=wrapped, args=argparse.Namespace()), path)
+            torch.save(dict(model=wrapped), path)
             self.same(from_pretrained(path)(x, 0.75, noise), model(x, 0.75, noise))
         big = from_pretrained(path, image_size=32, norm_pix_loss=True)
         self.assertTrue(big.norm_pix_loss)
         self.same(big.pos_embed, self.mae.MAE(32, 4, 128, 1, 2, 64, 1, 2).pos_embed)
 
     def test_masks(self):
-        """random: all alike. block: a rectangle but for one side. grid: one of each 2 x 2."""
+        """random: all alike. block: a square but for one side. grid: one of each 2 x 2."""
 
         def removed(kind, ratio):
             noise = self.mae.mask_noise(kind, np.random.default_rng(0), 500, 8)
@@ -1904,8 +1907,8 @@ class TestMAE(Case):
         blocks = removed("block", 0.2)
         inside = blocks[blocks[:, 1:-1, 1:-1].sum((1, 2)) == 13]  # no border cuts it
         longer = inside.any(2).sum(1) - inside.any(1).sum(1)
-        self.assertLess(longer.min(), -1)
-        self.assertGreater(longer.max(), 1)
+        self.assertGreater(len(inside), 50)
+        self.assertLessEqual(longer.abs().max(), 1)
         kept = ~removed("grid", 0.75)
         corners = kept[:, :2, :2]
         self.same(kept, corners.repeat(1, 4, 4))
@@ -1913,27 +1916,19 @@ class TestMAE(Case):
         self.assertGreater(corners.float().mean(0).min(), 0.15)
 
     def test_batches(self):
-        """Batches depend on (seed, step) alone; an epoch has every image once, maybe mirrored."""
-        images = torch.randint(0, 256, (60, 3, 8, 8), dtype=torch.uint8)
-        images[:, 0] = torch.arange(60).view(60, 1, 1)
-        plain = self.mae.standardise(images)
+        """Batches depend on (seed, step) alone; an epoch has every image once."""
+        images = torch.arange(60).view(60, 1, 1, 1).expand(60, 3, 8, 8).byte()
 
         def batch(step, **more):
-            c = self.mae.Config(**dict(batch_size=10, crop=0) | more)
+            c = self.mae.Config(**dict(batch_size=10) | more)
             return self.mae.masked_batch(c, images, 8, step)
 
+        self.same(batch(3), batch(3))
         for other in (batch(4), batch(3, seed=1)):
             self.assertFalse(torch.equal(other[1], batch(3)[1]))
-        seen, mirrored = [], 0
-        for step in range(6, 12):
-            x, _ = batch(step)
-            index = (255 * (0.247 * x[:, 0, 0, 0] + 0.4914)).round().long()
-            mirror = (x != plain[index]).flatten(1).any(1)
-            self.same(x[mirror], plain[index[mirror]].flip(3))
-            mirrored += mirror.sum().item()
-            seen += index.tolist()
-        self.assertEqual(sorted(seen), [*range(60)])
-        self.assertTrue(15 < mirrored < 45)
+        seen = torch.cat([batch(step)[0] for step in range(6, 12)])
+        seen = (255 * (0.247 * seen[:, 0, 0, 0] + 0.4914)).round().int()
+        self.assertEqual(sorted(seen.tolist()), [*range(60)])
 
     def test_knn(self):
         train_y, test_y = torch.randint(10, (2, 200))
@@ -2384,31 +2379,43 @@ class TestIJEPA(Case):
             self.close(fast, slow, 0.1)
 
     def test_step(self):
-        """The batch, the rate, one update by the gradient, then the target encoder's average."""
+        """The batches, and a run's steps: rate, update, then the target encoder's average."""
         x = torch.arange(20).view(20, 1, 1, 1).expand(20, 3, 16, 16).byte()
-        c = self.ijepa.Config(batch_size=4, warmup=2, lr=0.1, ema_start=0.6, targets=3)
-        batches = [self.ijepa.jepa_batch(c, x, step) for step in range(8)]
-        blue = torch.cat([images[:, 2, 0, 0] for images, *_ in batches])
-        seen = 255 * (0.2616 * blue + 0.4465)
+        c = self.ijepa.Config(batch_size=4)
+        seen = torch.cat([self.ijepa.jepa_batch(c, x, step)[0][:, 2, 0, 0] for step in range(8)])
+        seen = 255 * (0.2616 * seen + 0.4465)
         self.assertEqual(sorted(seen[:20].round().tolist()), [*range(20)])
         self.assertFalse(torch.equal(seen[:12], seen[20:]))
-        model, momentum = self.model(), 0.6
-        optimizer = torch.optim.SGD(model.parameters())
-        for step, rate in enumerate((0.1 / 3, 0.2 / 3, 0.1, 0.075, 0.025)):
-            batch = batches[step][0], *self.masks(4, 4, step)
-            twin = copy.deepcopy(model)
-            twin.zero_grad()
-            loss = twin(*batch)
-            loss.backward()
-            self.ijepa.jepa_step(c, model, model, optimizer, batch, step, 5, self.off)
-            for k, old in twin.named_parameters():
-                w = model.get_parameter(k)
-                if old.requires_grad:
-                    self.close(w, old - rate * old.grad, 1e-5, k)
-                elif k.startswith("target"):
+        save, states = self.ijepa.save, []
+
+        def spy(path, state):
+            save(path, state)
+            if "ckpt" in str(path):
+                states.append(copy.deepcopy(state))
+
+        self.patch(self.ijepa, "save", spy)
+        flags = "--ema_start", 0.6, "--eval_every", 1, "--epochs", 1, "--out", self.out
+        run("ijepa", *self.tiny, *flags)
+        c = self.ijepa.Config(**states[0]["config"])
+        x, _ = self.ijepa.make_shapes(10000, 1)
+        self.assertEqual(len(states), 6)
+        for step, share in enumerate((2 / 3, 1, 0.853553, 0.5, 0.146447), 1):
+            model = self.ijepa.IJEPA(32, *[getattr(c, name) for name in self.ijepa.SHAPE])
+            model.load_state_dict(states[step - 1]["model"])
+            matrices, vectors = ([p for p in model.parameters() if (p.dim() == 1) == flat]
+                                 for flat in (False, True))
+            adamw = torch.optim.AdamW([dict(params=matrices), dict(params=vectors)])
+            adamw.load_state_dict(states[step - 1]["optimizer"])  # decay, averages
+            for group in adamw.param_groups:
+                group["lr"] = c.lr * share
+            model(*self.ijepa.jepa_batch(c, x, step)).backward()
+            adamw.step()
+            momentum = 0.6 + 0.4 * step / 6
+            for k, want in model.named_parameters():
+                if k.startswith("target"):
                     new = model.get_parameter(k.removeprefix("target_"))
-                    self.close(w, momentum * old + (1 - momentum) * new, 1e-5, k)
-            momentum += 0.08
+                    want = momentum * want + (1 - momentum) * new
+                self.close(states[step]["model"][k], want, 1e-5, k)
 
     def test_collapse_watch(self):
         """RankMe in closed form; std, and the loss over that of each place's mean, by hand."""

@@ -31,7 +31,7 @@ import dataclasses
 import json
 import math
 import os
-import tarfile
+import shutil
 import time
 from collections import OrderedDict
 from importlib.util import find_spec
@@ -334,28 +334,24 @@ IMAGENET_STATS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def load_cifar10(root):
     """train_x (50000, 3, 32, 32) uint8, train_y (50000,) int64, test_x, test_y, from the official
     binary files in root/cifar-10-batches-bin. If they aren't there, they are downloaded: 170 MB."""
-    root, parts = Path(root), []
-    if not (root / "cifar-10-batches-bin").exists():
-        root.mkdir(parents=True, exist_ok=True)
-        archive = root / "cifar-10-binary.tar.gz"
+    folder = Path(root) / "cifar-10-batches-bin"
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        archive = folder.with_name("cifar-10-binary.tar.gz")
         torch.hub.download_url_to_file(CIFAR10, str(archive), CIFAR10_SHA256)
-        with tarfile.open(archive) as tar:
-            tar.extractall(root, filter="data")
-    for name in [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]:
-        path = root / "cifar-10-batches-bin" / name
-        records = np.fromfile(path, np.uint8)  # of a label and 3,072 bytes: red, green, blue
-        if len(records) != 10000 * 3073 or records[::3073].max() > 9:
-            raise ValueError(f"{path} is not CIFAR-10's: delete its folder and try again")
-        parts.append(torch.from_numpy(records.reshape(10000, 3073)))
-    data = torch.cat(parts)
+        shutil.unpack_archive(archive, root)
+    names = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
+    data = np.concatenate([np.fromfile(folder / name, np.uint8) for name in names])
+    if len(data) != 60000 * 3073 or data[::3073].max() > 9:
+        raise ValueError(f"{folder} is not CIFAR-10's: delete it and try again")
+    data = torch.from_numpy(data.reshape(60000, 3073))  # a label and 3,072 bytes: red, green, blue
     x, y = data[:, 1:].reshape(-1, 3, 32, 32), data[:, 0].long()
     return x[:50000], y[:50000], x[50000:], y[50000:]
 
 
 def make_shapes(n, seed):
-    """Draw x (n, 3, 32, 32) uint8 and y (n,) int64: outlines r = .65 + .3 cos(lobes angle) of 0, 2,
-    3, 4 or 5 lobes, filled (classes 0 to 4) or hollow (5 to 9), anywhere, at any angle, in any
-    colours. Clutter and noise hide them from a linear classifier."""
+    """Draw x (n, 3, 32, 32) uint8 and y (n,) int64: outlines r = .65 + .3 cos(lobes angle) with 0,
+    2, 3, 4 or 5 lobes, filled (classes 0 to 4) or hollow (5 to 9), among clutter and noise."""
     g = torch.Generator().manual_seed(seed)
 
     def uniform(low, high, channels=1):
@@ -531,26 +527,24 @@ class Config:
 def choose_device(name, dtype):
     """The device, and autocast to bfloat16 where the hardware has products in it."""
     if name == "auto":
-        found = torch.accelerator.is_available()  # cuda or mps
-        name = torch.accelerator.current_accelerator().type if found else "cpu"
-    if dtype == "auto":
-        fast = name == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        if name == "cpu":
-            can = torch.cpu.get_capabilities()
-            fast = can.get("avx512_bf16") or can.get("amx_bf16")
-        dtype = "bfloat16" if fast else "float32"
+        name = torch.accelerator.current_accelerator(check_available=True) or "cpu"  # cuda or mps
     device = torch.device(name)
-    return device, torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        can = torch.cpu.get_capabilities()
+        fast = can.get("avx512_bf16", False) or can.get("amx_bf16", False)
+    enabled = fast if dtype == "auto" else dtype == "bfloat16"
+    return device, torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 def start_log(c, step):
     """Write config.json, and leave in log.jsonl what came before the step."""
     path = Path(c.out) / "log.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if step else []
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_name("config.json").write_text(json.dumps(dataclasses.asdict(c), indent=2))
-    rows = [row for row in rows if row["step"] <= step and "final" not in row]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.with_name("config.json").write_text(json.dumps(vars(c), indent=2))
+    lines = path.read_text().splitlines(keepends=True) if step else []
+    lines = [line for line in lines if json.loads(line)["step"] <= step and "final" not in line]
+    path.write_text("".join(lines))
 
 
 def log_row(c, **row):

@@ -459,7 +459,7 @@ class Config:
 
 
 def start_log(c, step):
-    """Write config.json, and leave in log.jsonl what came before the step."""
+    """Write config.json, and cut log.jsonl back to the step: to nothing if it is 0."""
     path = Path(c.out) / "log.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_name("config.json").write_text(json.dumps(vars(c), indent=2))

@@ -1,25 +1,23 @@
 r"""I-JEPA: from one part of an image, predict what another network makes of the rest.
 
-The encoder, a Transformer, reads one large block of an image's patches, the context, from which a
-few smaller blocks, the targets, are cut out. From its vectors and the place of a target the
-predictor, a narrower Transformer, predicts the vectors that the target encoder, which reads the
-whole image, has there [1]. Unlike pixels, vectors may leave out noise. The target encoder is a slow
-average of the encoder, and no gradient reaches it. If one did, the easiest way to a low loss would
-be the same vector everywhere: features would collapse.
+The encoder, a Transformer, reads the context: one large block of an image's patches, from which a
+few smaller blocks, the targets, are cut out. A narrower Transformer, the predictor, gets the
+encoder's vectors and a target's place. It predicts what the target encoder, which has read the
+whole image, outputs there [1]. Vectors, unlike pixels, can leave noise out. The target encoder is a
+slow average of the encoder and gets no gradient. If the loss could also move the targets, its
+easiest way down would be the same vector everywhere: features would collapse.
 
-    python ijepa.py                                        # offline: shapes that it draws
+    python ijepa.py                                        # offline, on shapes that it draws
     python ijepa.py --no-stop_gradient --out out/collapse  # watch std and rankme fall
-    python ijepa.py --show_masks                           # masks.png: contexts and targets
     python ijepa.py --data cifar10 --patch_size 4 --dim 192 --depth 6 --predictor_dim 96 \
         --predictor_depth 4 --targets 4 --batch_size 256 --warmup 500 --ema_start 0.996 --epochs 50
-    python ijepa.py --compare out/ijepa/features.pt,out/resnet/features.pt  # compare.png, a table
-    python vit.py --init out/ijepa/ckpt.pt --lr 1e-3 --layer_decay 0.75     # fine-tune, with labels
+    python ijepa.py --compare out/ijepa/features.pt,out/resnet/features.pt  # after resnet.py, too
+    python vit.py --init out/ijepa/best.pt --lr 1e-3 --layer_decay 0.75     # fine-tune, with labels
 
-What to expect (torch 2.13.0, one core of an AMD EPYC in bfloat16; assets/logs/ijepa/): by default,
-test images of shapes, linear probe 33.8% (random init 22.1%, pixels 16.9%), RankMe 46.
-
-Differs from [1]: images aren't cropped; two targets; blocks may touch the last row and column; the
-decay is constant; Xavier's weights. Features are the mean of the target encoder's vectors.
+What to expect (torch 2.13.0, one core of an AMD EPYC in bfloat16; assets/logs/ijepa/): by default a
+linear probe is right on 33.8% of test shapes (random init 22.1%), and RankMe is 46 of 128.
+Differs from [1]: images aren't cropped; two targets; blocks may touch the last row and column;
+constant weight decay; Xavier initialisation. Features are the mean of the target encoder's vectors.
 
 [1] I-JEPA, arXiv 2301.08243v3, and its code, github.com/facebookresearch/ijepa
 [2] t-SNE, JMLR 9, 2579-2605 (2008)  [3] RankMe, 2210.02885v3  [4] SimSiam, 2011.10566v1
@@ -41,8 +39,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# Shapes: B batch, N patches, K of them context, M in a target, C channels, D the predictor's (in
-# attention: of a head), H heads, P patch side, S image side. ids number patches row by row
+# B batch, N patches, K of them context, M in a target, C channels, D the predictor's, S image
+# side. ids number patches row by row. In the evaluation N and M count images
 
 
 class IJEPA(nn.Module):
@@ -57,25 +55,25 @@ class IJEPA(nn.Module):
         for name, w in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(w)
-            elif w.dim() in (2, 4):  # with a std of .02 [1], patches would start far below their
-                nn.init.xavier_uniform_(w.data.flatten(1))  # positions, which are easy to predict
+            elif w.dim() in (2, 4):  # with [1]'s std of .02 patches are tiny beside positions,
+                nn.init.xavier_uniform_(w.data.flatten(1))  # which are easy to predict
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
         self.stop_gradient = stop_gradient
 
     def forward(self, images, context_ids, target_ids):
-        targets = self.targets(images)  # (B, N, C)
+        targets = self.make_targets(images)  # (B, N, C)
         context = self.encoder(images, context_ids)  # (B, K, C)
         losses = []
-        for ids in target_ids:  # each alone: it doesn't see the places of others
+        for ids in target_ids:  # a block at a time: none sees the others' places
             pred = self.predictor(context, context_ids, ids)  # (B, M, C)
             target = targets.take_along_dim(ids[:, :, None], dim=1)
             losses.append(F.smooth_l1_loss(pred, target))  # [1] 3 says L2, its code this
         return sum(losses) / len(losses)
 
-    def targets(self, images):
+    def make_targets(self, images):
         """What is to be predicted, (B, N, C): each vector less its mean, over its std."""
         encoder = self.target_encoder if self.stop_gradient else self.encoder
-        z = encoder(images)  # the target encoder's parameters require no gradient
+        z = encoder(images)  # no gradient reaches the target encoder: it is frozen
         return F.layer_norm(z, z.shape[-1:])
 
 
@@ -87,7 +85,7 @@ class Encoder(nn.Module):
         super().__init__()
         assert image_size % patch_size == dim % heads == 0, "patches or heads don't divide"
         self.grid = image_size // patch_size
-        self.patch_embed = nn.Sequential(OrderedDict(  # one matrix for all patches
+        self.patch_embed = nn.Sequential(OrderedDict(  # cut into patches, project each
             proj=nn.Conv2d(3, dim, patch_size, stride=patch_size)))
         self.pos_embed = nn.Parameter(sincos_2d(dim, self.grid)[None], requires_grad=False)
         self.blocks = nn.ModuleList(PreNormBlock(dim, heads) for _ in range(depth))
@@ -163,13 +161,13 @@ class SelfAttention(nn.Module):
         B, N, C = x.shape
         q, k, v = self.qkv(x).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, N, D)
         weights = (q @ k.mT / q.size(-1) ** 0.5).softmax(dim=-1)  # (B, H, N, N)
-        y = weights @ v  # (B, H, N, D). For long sequences F.scaled_dot_product_attention is faster
+        y = weights @ v  # (B, H, N, D); for long sequences use F.scaled_dot_product_attention
         return self.proj(y.transpose(1, 2).reshape(B, N, C))
 
 
 def sincos_2d(dim, grid):
-    """Fixed positions (grid^2, dim), row by row: sines, then cosines, of x / 10000^(4 i / dim), and
-    behind them those of y. As in arXiv 1706.03762 3.5, for either coordinate, in MAE's order."""
+    """Fixed positions (grid^2, dim), row by row: sines and cosines of x / 10000^(4 i / dim), then
+    those of y (arXiv 1706.03762v7 3.5, once for each coordinate, in MAE's order)."""
     assert dim % 4 == 0, f"{dim} channels can't hold sines and cosines of x and y"
     frequency = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     angle = torch.arange(grid)[:, None] * frequency  # (grid, dim / 4)
@@ -183,15 +181,15 @@ def sincos_2d(dim, grid):
 def sample_masks(batch, grid, generator, targets=4, target_scale=(0.15, 0.2),
                  context_scale=(0.85, 1.0), aspect=(0.75, 1.5), device="cpu"):
     """Multi-block masks ([1] 3) of grid x grid patches: context_ids (B, K), and a list of
-    target_ids (B, M). Scales are shares of the image, the aspect is height over width: one size of
-    context and one of targets in a batch. A context is a square less all targets; an image left
-    with less than a quarter of its patches draws new targets, up to ten times. Then contexts lose
-    random patches until all are as short as the shortest. ValueError if that is empty."""
+    target_ids (B, M). Scales are shares of the image, the aspect is height over width; sides are
+    rounded, and a batch has one size of context and one of targets. A context is a square less all
+    targets; an image left with less than a quarter of its patches draws new targets, up to ten
+    times. Then contexts are cut at random to the shortest's length. ValueError if that is 0."""
     def uniform(low, high):
         return low + (high - low) * torch.rand((), generator=generator).item()
 
-    def place(n, area, aspect):  # n blocks: (n, grid, grid), True inside
-        sides = (area * aspect) ** 0.5, (area / aspect) ** 0.5
+    def place(n, area, ratio):  # n blocks: (n, grid, grid), True inside
+        sides = (area * ratio) ** 0.5, (area / ratio) ** 0.5
         height, width = (min(grid, max(1, round(side))) for side in sides)
         top = torch.randint(grid - height + 1, (n, 1), generator=generator)
         left = torch.randint(grid - width + 1, (n, 1), generator=generator)
@@ -220,7 +218,7 @@ def sample_masks(batch, grid, generator, targets=4, target_scale=(0.15, 0.2),
 
 
 def jepa_batch(c, images, step):
-    """Images (B, 3, S, S) and their masks: a function of (seed, step) alone."""
+    """Images (B, 3, S, S) and their masks, drawn from (seed, step) alone."""
     epoch, position = divmod(step, max(1, len(images) // c.batch_size))
     order = np.random.default_rng((c.seed, 1, epoch)).permutation(len(images))
     index = torch.from_numpy(order[position * c.batch_size:][:c.batch_size])
@@ -316,11 +314,11 @@ def extract(encoder, split, autocast):
 
 
 def knn_accuracy(train_z, train_y, test_z, test_y, k=20, temperature=0.07):
-    """Share of test features (M, C) for whose label the k nearest training features (N, C) vote.
-    At cosine s a vote weighs exp(s / temperature) (arXiv 1805.01978v1 3.4). Nothing is fitted."""
+    """Share of test features (M, C) whose label wins a vote of the k nearest training features
+    (N, C). At cosine s a vote weighs exp(s / temperature) (arXiv 1805.01978v1 3.4)."""
     s = F.normalize(test_z, dim=1) @ F.normalize(train_z, dim=1).mT  # (M, N)
     s, nearest = s.topk(min(k, len(train_z)))  # (M, k), the largest first
-    weights = ((s - s[:, :1]) / temperature).exp()  # none overflows if the largest is 1
+    weights = ((s - s[:, :1]) / temperature).exp()  # exp(1 / .01) alone would overflow
     votes = F.one_hot(train_y)[nearest] * weights[:, :, None]  # (M, k, classes)
     return (votes.sum(dim=1).argmax(dim=1) == test_y).float().mean().item()
 
@@ -340,7 +338,7 @@ def linear_probe(train_z, train_y, val_z, val_y, test_z, test_y, steps=1000,
     for _ in range(steps):
         index = torch.randint(len(train_z), (256,), generator=generator)
         logits = classifiers(train_z[index]).split(10, dim=1)  # for each rate (256, classes)
-        loss = sum(rate * F.cross_entropy(x, train_y[index])  # each learns at a rate of its own
+        loss = sum(rate * F.cross_entropy(x, train_y[index])  # at lr 1: a rate for each
                    for rate, x in zip(rates, logits, strict=True))
         optimizer.zero_grad()
         loss.backward()
@@ -354,7 +352,7 @@ def linear_probe(train_z, train_y, val_z, val_y, test_z, test_y, steps=1000,
 
 
 def test_encoders(c, encoders, splits, autocast, **row):
-    """Read the test set, once, with functions of images (B, 3, H, W). Names end the scores'."""
+    """Score encoders, functions of images (B, 3, H, W), on the test set. Names are suffixes."""
     for name, encoder in encoders.items():
         train, val, test = (extract(encoder, split, autocast) for split in splits)
         row["knn" + name] = knn_accuracy(*train, *test)
@@ -368,7 +366,7 @@ def test_encoders(c, encoders, splits, autocast, **row):
 
 def rankme(z):
     """How many dimensions features (N, C) fill: exp of the entropy of their singular values' shares
-    ([3] eq. 1). 1: all lie on one line."""
+    ([3] eq. 1). 1: all lie on one line through 0."""
     sigma = torch.linalg.svdvals(z.cpu().double())
     p = sigma / sigma.sum().clamp(min=1e-12) + 1e-7
     return (-p * p.log()).sum().exp().item()
@@ -381,18 +379,18 @@ def evaluate(c, model, train_split, val, autocast):
     x, context_ids, target_ids = jepa_batch(dataclasses.replace(c, batch_size=1000), val[0], 0)
     with torch.no_grad(), autocast:
         loss = model(x, context_ids, target_ids)
-        z = model.targets(x)  # (B, N, C)
+        z = model.make_targets(x)  # (B, N, C)
     ids = torch.cat(target_ids, dim=1)
     error = (z - z.mean(dim=0)).take_along_dim(ids[:, :, None], dim=1)
     of_mean = F.smooth_l1_loss(error, torch.zeros_like(error))
     few = [t[:4000] for t in train_split]
     features = model.target_encoder.features
-    train, val = (extract(features, split, autocast) for split in (few, val))
+    train, val = (extract(features, split, autocast) for split in (few, val))  # not images now
     std = F.normalize(val[0]).std(dim=0).mean() * c.dim**0.5
     return dict(
         val_loss=loss.item(), over_mean=(loss / of_mean).item(), std=std.item(),
         rankme=rankme(val[0]), knn=knn_accuracy(*train, *val),
-        linear=linear_probe(*train, *val, *val))  # rate and score of the same images
+        linear=linear_probe(*train, *val, *val))  # flatters: val picks its rate, too
 
 
 def tsne(x, perplexity=30.0, steps=1000):
@@ -411,7 +409,7 @@ def tsne(x, perplexity=30.0, steps=1000):
     y = 0.01 * torch.randn(len(x), 2)
     velocity = torch.zeros_like(y)
     gain = torch.ones_like(y)
-    rate = max(50, len(x) / 48)
+    rate = max(50, len(x) / 48)  # as scikit-learn has it
     for step in range(steps):
         early = step < 250  # then P is 12 times too large: clusters gather while there is room
         kernel = 1 / (1 + torch.cdist(y, y).square())  # (N, N); q_ij is its share of the sum
@@ -481,7 +479,7 @@ class Config:
     data_dir: str = "data"  # where downloads land
     val: int = 5000  # images of cifar10, the last, to validate on; 0: pre-train on all
     out: str = "out/ijepa"
-    init: str = ""  # a checkpoint of this script, of the shape that the flags say
+    init: str = ""  # start from this checkpoint; model flags must match
     compare: str = ""  # features.pt of any scripts, comma-separated: probe and draw them, and stop
     show_masks: bool = False  # draw masks.png, and stop
     targets: int = 2  # blocks to predict; [1] has 4, which leave less of the context
@@ -491,14 +489,14 @@ class Config:
     heads: int = 4  # of encoder and predictor
     predictor_dim: int = 64  # D: narrow; [1] has 384 beside ViT-H's 1280
     predictor_depth: int = 2  # [1] has 12 blocks beside ViT-H's 32
-    stop_gradient: bool = True
+    stop_gradient: bool = True  # no: the encoder makes the targets, and learns through them
     ema_start: float = 0.95  # the target encoder's momentum at first; it rises to 1. [1] has .996
     lr: float = 1e-3  # peak
     weight_decay: float = 0.04  # [1] ends with .4
     warmup: int = 100  # steps
     batch_size: int = 64
     epochs: float = 18.0
-    eval_every: int = 0  # steps between evaluations, each with a checkpoint; 0: a quarter of all
+    eval_every: int = 0  # steps between evaluations, each with a checkpoint; 0: a quarter of a run
     log_every: int = 10
     seed: int = 0
     resume: bool = False  # go on from ckpt.pt in --out; repeat the run's other flags
@@ -508,7 +506,7 @@ class Config:
 
 
 def choose_device(name, dtype):
-    """The device, and autocast to bfloat16 where the hardware has products in it."""
+    """The device, and autocast to bfloat16 where the hardware multiplies in it."""
     if name == "auto":
         name = torch.accelerator.current_accelerator(check_available=True) or "cpu"  # cuda or mps
     device = torch.device(name)
@@ -521,7 +519,7 @@ def choose_device(name, dtype):
 
 
 def start_log(c, step):
-    """Write config.json, and leave in log.jsonl what came before the step."""
+    """Write config.json, and cut log.jsonl back to the step: to nothing if it is 0."""
     path = Path(c.out) / "log.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_name("config.json").write_text(json.dumps(vars(c), indent=2))
@@ -546,15 +544,15 @@ def save(path, state):
 def train(c):
     """Pre-train as c says, keep the weights with the best kNN, and test those."""
     device, autocast = choose_device(c.device, c.dtype)
-    splits = load_images(dataclasses.replace(c, val=c.val or 5000))  # the probe always wants some
-    splits = train_split, val, _ = [[t.to(device) for t in split] for split in splits]
+    loaded = load_images(dataclasses.replace(c, val=c.val or 5000))  # probes always need some
+    splits = train_split, val, _ = [[t.to(device) for t in split] for split in loaded]
     images = train_split[0] if c.val else torch.cat((train_split[0], val[0]))
     torch.manual_seed(c.seed)
     fresh = IJEPA(32, *[getattr(c, name) for name in SHAPE]).to(device)
-    raw = copy.deepcopy(fresh)
+    raw = copy.deepcopy(fresh)  # trained, and not compiled; fresh stays as it began
     if c.init:
         raw.load_state_dict(torch.load(c.init, device, weights_only=True)["model"])
-    optimizer = torch.optim.AdamW([  # neither biases nor norms decay
+    optimizer = torch.optim.AdamW([  # biases and norms don't decay; the frozen get no gradient
         dict(params=[p for p in raw.parameters() if p.dim() > 1], weight_decay=c.weight_decay),
         dict(params=[p for p in raw.parameters() if p.dim() == 1], weight_decay=0.0)], fused=True)
     slow_weights = list(raw.target_encoder.parameters())
@@ -570,6 +568,8 @@ def train(c):
         step, best, seconds = saved["step"], saved["best"], saved["seconds"]
     assert step < steps, f"--epochs {c.epochs} means {steps} steps, but the run is at step {step}"
     start_log(c, step)
+    if step == 0:
+        (out / "best.pt").unlink(missing_ok=True)  # an older run's
     print(f"{sum(p.numel() for p in raw.parameters()):,} parameters, {steps} steps on {device}")
     model = torch.compile(raw) if c.compile else raw
     while step < steps:
@@ -605,7 +605,7 @@ def train(c):
                          seconds=seconds)
             if improved and c.val:
                 save(out / "best.pt", state)
-            save(out / "ckpt.pt", state)  # the last: what it says of best.pt is true
+            save(out / "ckpt.pt", state)  # after best.pt: its `best` is never ahead of that file
     if c.val:
         raw.load_state_dict(torch.load(out / "best.pt", device, weights_only=True)["model"])
     encoders = {"": raw.target_encoder.features, "_random_init": fresh.encoder.features,

@@ -8,14 +8,13 @@ label is used. Then the decoder is thrown away: probes show what the encoder has
     python mae.py                                     # offline: shapes that it draws
     python mae.py --data cifar10 --dim 192 --depth 6 --heads 3 --decoder_dim 128 --decoder_depth 2 \
         --decoder_heads 4 --norm_pix_loss --batch_size 128 --warmup 270 --epochs 7.7
-    python vit.py --init out/mae/ckpt.pt --lr 1e-3 --layer_decay 0.75    # go on with labels
+    python vit.py --init out/mae/best.pt --lr 1e-3 --layer_decay 0.75    # go on with labels
     python mae.py --reconstruct mae_visualize_vit_base --picture photo.jpg
 
-What to expect (torch 2.13.0, one core of an AMD EPYC in bfloat16; assets/logs/mae/): python mae.py,
-test images of shapes, linear probe 40.0% (random init 26.2%, pixels 16.9%) after 199 s of training.
-
-Differs from [1]: a decoder of one block of 64 channels, not eight of 512; no crops (Table 1e: they
-help little); a block mask is one square. Probes read the mean of the patches, not the class token.
+What to expect (torch 2.13.0, one core of an AMD EPYC in bfloat16; assets/logs/mae/): python mae.py
+trains for 199 s. Then a linear probe is right on 40.0% of test shapes (random init 26.2%).
+Differs from [1]: a decoder of one block of 64 channels, not eight of 512; no crops (Table 1e);
+block masks are squares. Probes read the mean of the patches: no loss trains the class token itself.
 
 [1] He et al. 2021, MAE, arXiv 2111.06377v3; parameter names: github.com/facebookresearch/mae
 """
@@ -37,27 +36,26 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# Shapes: B batch, N patches (or all images), K of them kept, C channels, D the decoder's (in
-# SelfAttention: a head's), H heads, P patch side, S image side; images are (B, 3, S, S)
+# B batch, N patches, K of them kept, C channels, D the decoder's, P patch side, S image side
 
 
 class MAE(nn.Module):
-    """Normalised images (B, 3, S, S) -> loss, predictions (B, N, 3 P^2), mask (B, N), 1: removed.
+    """Normalised images (B, 3, S, S) -> loss, predictions (B, N, P^2 3), mask (B, N), 1 if removed.
     norm_pix_loss: predict a patch's pixels less their mean, over their std ([1] 3)."""
 
     def __init__(self, image_size, patch_size, dim, depth, heads, decoder_dim, decoder_depth,
                  decoder_heads, norm_pix_loss=False):
         super().__init__()
-        self.config = dict(image_size=image_size, patch_size=patch_size, dim=dim, depth=depth,
-                           heads=heads, pool="cls")  # for vit.py, which reads the class token
+        self.encoder_config = dict(image_size=image_size, patch_size=patch_size, dim=dim,
+                                   depth=depth, heads=heads, pool="cls")  # for vit.py
         assert image_size % patch_size == 0, f"{image_size} pixels, patches of {patch_size}"
         self.patch_size = patch_size
         self.grid = image_size // patch_size
         self.norm_pix_loss = norm_pix_loss
         # the encoder
-        self.patch_embed = nn.Sequential(OrderedDict(  # one matrix for all patches
+        self.patch_embed = nn.Sequential(OrderedDict(  # cut into patches, project each
             proj=nn.Conv2d(3, dim, patch_size, stride=patch_size)))
-        positions = F.pad(sincos_2d(dim, self.grid), (0, 0, 1, 0))  # the class token's: 0
+        positions = F.pad(sincos_2d(dim, self.grid), (0, 0, 1, 0))  # a row of 0 for the class token
         self.pos_embed = nn.Parameter(positions[None], requires_grad=False)  # (1, 1 + N, C)
         self.blocks = nn.ModuleList(PreNormBlock(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
@@ -69,7 +67,7 @@ class MAE(nn.Module):
             PreNormBlock(decoder_dim, decoder_heads) for _ in range(decoder_depth))
         self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
         self.decoder_pred = nn.Linear(decoder_dim, 3 * patch_size**2)
-        nn.init.xavier_uniform_(self.patch_embed.proj.weight.data.flatten(1))  # seen as a matrix
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.data.flatten(1))  # a view, as a matrix
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)
@@ -78,7 +76,7 @@ class MAE(nn.Module):
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
 
     def forward(self, images, mask_ratio=0.75, noise=None):
-        """noise (B, N) ranks patches: the K lowest are kept. By default it is uniform."""
+        """Keeps the K patches with the lowest noise (B, N), which is uniform by default."""
         B, N = len(images), self.grid**2
         K = int(N * (1 - mask_ratio))
         assert 0 < K < N, f"mask_ratio {mask_ratio} keeps {K} of {N} patches"
@@ -87,7 +85,7 @@ class MAE(nn.Module):
         shuffle = noise.argsort(dim=1)  # (B, N)
         restore = shuffle.argsort(dim=1)  # its inverse: where each patch is in the shuffled order
         x = self.encode(images, shuffle[:, :K])  # (B, 1 + K, C)
-        pred = self.decode(x, restore)  # (B, N, 3 P^2)
+        pred = self.decode(x, restore)  # (B, N, P^2 3)
         target = patchify(images, self.patch_size)
         if self.norm_pix_loss:
             var, mean = torch.var_mean(target, dim=2, keepdim=True)  # unbiased, as in [1]'s code
@@ -98,7 +96,7 @@ class MAE(nn.Module):
         return loss, pred, mask
 
     def encode(self, images, kept=None):
-        """The class token and patches whose numbers are in kept (B, K), or all: (B, 1 + K, C)."""
+        """Vectors of the class token and of the patches kept (B, K), or of all: (B, 1 + K, C)."""
         x = self.patch_embed(images).flatten(2).mT + self.pos_embed[:, 1:]  # (B, N, C)
         if kept is not None:
             x = x.take_along_dim(kept[:, :, None], dim=1)  # (B, K, C)
@@ -109,7 +107,7 @@ class MAE(nn.Module):
         return self.norm(x)
 
     def decode(self, x, restore):
-        """Predict the pixels of every patch, (B, N, 3 P^2), from x (B, 1 + K, C)."""
+        """Put x (B, 1 + K, C) in place by restore (B, N); predict all pixels, (B, N, P^2 3)."""
         x = self.decoder_embed(x)  # (B, 1 + K, D)
         B, N = restore.shape
         gaps = self.mask_token.expand(B, N + 1 - x.size(1), -1)  # (B, N - K, D)
@@ -126,8 +124,8 @@ class MAE(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_path, data_dir="data", **changes):
-        """mae_visualize_vit_base, _large, _large_ganloss (450 MB to 1.3 GB), or a file of [1] or
-        this script. Official heads have 64 channels (80 of 1280), in decoders 32."""
+        """mae_visualize_vit_base, _large, _large_ganloss (450 MB to 1.3 GB), or a file of [1] or of
+        this script, with its decoder. Heads in [1] have 64 channels (80 of 1280), decoders' 32."""
         if name_or_path.startswith("mae_visualize"):
             url = f"https://dl.fbaipublicfiles.com/mae/visualize/{name_or_path}.pth"
             saved = torch.hub.load_state_dict_from_url(url, data_dir, "cpu", weights_only=True)
@@ -153,7 +151,7 @@ class MAE(nn.Module):
 
 
 def patchify(images, P):
-    """Images (B, 3, S, S) as patches (B, N, P^2 3), row by row, and so the pixels of each."""
+    """Images (B, 3, S, S) as patches (B, N, P^2 3): row by row, in each its pixels row by row."""
     x = F.unfold(images, P, stride=P).mT  # (B, N, 3 P^2): all red, all green, all blue
     return x.unflatten(2, (3, -1)).mT.flatten(2)  # the official order: pixel by pixel
 
@@ -195,13 +193,13 @@ class SelfAttention(nn.Module):
         B, N, C = x.shape
         q, k, v = self.qkv(x).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, N, D)
         weights = (q @ k.mT / q.size(-1) ** 0.5).softmax(dim=-1)  # (B, H, N, N)
-        y = weights @ v  # (B, H, N, D). For long sequences F.scaled_dot_product_attention is faster
+        y = weights @ v  # (B, H, N, D); for long sequences use F.scaled_dot_product_attention
         return self.proj(y.transpose(1, 2).reshape(B, N, C))
 
 
 def sincos_2d(dim, grid):
-    """Fixed positions (grid^2, dim), row by row: sines, then cosines, of x / 10000^(4 i / dim), and
-    behind them those of y. As in arXiv 1706.03762 3.5, for either coordinate, in MAE's order."""
+    """Fixed positions (grid^2, dim), row by row: sines and cosines of x / 10000^(4 i / dim), then
+    those of y (arXiv 1706.03762v7 3.5, once for each coordinate, in MAE's order)."""
     assert dim % 4 == 0, f"{dim} channels can't hold sines and cosines of x and y"
     frequency = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     angle = torch.arange(grid)[:, None] * frequency  # (grid, dim / 4)
@@ -213,8 +211,8 @@ def sincos_2d(dim, grid):
 # ---- Masks, batches, schedule
 
 def mask_noise(kind, rng, B, grid):
-    """Noise (B, N): patches with the most are removed ([1] Figure 6). block: a square around a
-    random point. grid: the same places in all 2 x 2 patches, so that ratio .75 leaves one each."""
+    """Noise (B, N): the noisiest patches are removed ([1] Figure 6). block: a square around any
+    point, cut off by borders. grid: at ratio .75 the same corner of every 2 x 2 patches is kept."""
     noise = rng.random((B, grid, grid))
     rows, columns = np.mgrid[:grid, :grid]
     if kind == "block":
@@ -227,7 +225,7 @@ def mask_noise(kind, rng, B, grid):
 
 
 def masked_batch(c, images, grid, step):
-    """Images (B, 3, S, S) and noise (B, N) for their masks: a function of (seed, step) alone."""
+    """Images (B, 3, S, S) and noise (B, N) for their masks, drawn from (seed, step) alone."""
     epoch, position = divmod(step, max(1, len(images) // c.batch_size))
     order = np.random.default_rng((c.seed, 1, epoch)).permutation(len(images))
     index = torch.from_numpy(order[position * c.batch_size:][:c.batch_size])
@@ -323,11 +321,11 @@ def extract(encoder, split, autocast):
 
 
 def knn_accuracy(train_z, train_y, test_z, test_y, k=20, temperature=0.07):
-    """Share of test features (M, C) for whose label the k nearest training features (N, C) vote.
-    At cosine s a vote weighs exp(s / temperature) (arXiv 1805.01978v1 3.4). Nothing is fitted."""
+    """Share of test features (M, C) whose label wins a vote of the k nearest training features
+    (N, C). At cosine s a vote weighs exp(s / temperature) (arXiv 1805.01978v1 3.4)."""
     s = F.normalize(test_z, dim=1) @ F.normalize(train_z, dim=1).mT  # (M, N)
     s, nearest = s.topk(min(k, len(train_z)))  # (M, k), the largest first
-    weights = ((s - s[:, :1]) / temperature).exp()  # none overflows if the largest is 1
+    weights = ((s - s[:, :1]) / temperature).exp()  # exp(1 / .01) alone would overflow
     votes = F.one_hot(train_y)[nearest] * weights[:, :, None]  # (M, k, classes)
     return (votes.sum(dim=1).argmax(dim=1) == test_y).float().mean().item()
 
@@ -347,7 +345,7 @@ def linear_probe(train_z, train_y, val_z, val_y, test_z, test_y, steps=1000,
     for _ in range(steps):
         index = torch.randint(len(train_z), (256,), generator=generator)
         logits = classifiers(train_z[index]).split(10, dim=1)  # for each rate (256, classes)
-        loss = sum(rate * F.cross_entropy(x, train_y[index])  # each learns at a rate of its own
+        loss = sum(rate * F.cross_entropy(x, train_y[index])  # at lr 1: a rate for each
                    for rate, x in zip(rates, logits, strict=True))
         optimizer.zero_grad()
         loss.backward()
@@ -361,7 +359,7 @@ def linear_probe(train_z, train_y, val_z, val_y, test_z, test_y, steps=1000,
 
 
 def test_encoders(c, encoders, splits, autocast, **row):
-    """Read the test set, once, with functions of images (B, 3, H, W). Names end the scores'."""
+    """Score encoders, functions of images (B, 3, H, W), on the test set. Names are suffixes."""
     for name, encoder in encoders.items():
         train, val, test = (extract(encoder, split, autocast) for split in splits)
         row["knn" + name] = knn_accuracy(*train, *test)
@@ -380,7 +378,7 @@ def draw_reconstructions(c, model, images, path):
     if not find_spec("matplotlib"):
         return print(f"for {path}: pip install matplotlib")
     import matplotlib.pyplot as plt
-    S = model.config["image_size"]
+    S = model.encoder_config["image_size"]
     images = F.interpolate(images.float(), (S, S), mode="bilinear", antialias=True)
     stats = CIFAR10_STATS if S == 32 else IMAGENET_STATS
     mean, std = (torch.tensor(s, device=images.device)[:, None, None] for s in stats)
@@ -412,8 +410,8 @@ class Config:
     data_dir: str = "data"  # where downloads land
     val: int = 5000  # images of cifar10, the last, to validate on; 0: pre-train on all
     out: str = "out/mae"
-    init: str = ""  # a checkpoint of this script, of the shape that the flags say
-    mask: str = "random"  # patches that are removed: random, block (one rectangle), grid
+    init: str = ""  # start from this checkpoint; model flags must match
+    mask: str = "random"  # patches that are removed: random, block (a square), grid
     mask_ratio: float = 0.75  # share of them ([1] Figure 5)
     norm_pix_loss: bool = False  # predict normalised pixels ([1] Table 1d)
     patch_size: int = 4
@@ -421,16 +419,16 @@ class Config:
     depth: int = 4  # blocks of the encoder
     heads: int = 4
     decoder_dim: int = 64  # D
-    decoder_depth: int = 1  # enough to fine-tune; a linear probe wants more ([1] Table 1a)
+    decoder_depth: int = 1  # fast; a linear probe likes more ([1] Table 1a)
     decoder_heads: int = 2
-    lr: float = 1e-3  # peak; [1] has 1.5e-4 for each 256 images of a batch
+    lr: float = 1e-3  # peak; [1]: 1.5e-4 for each 256 images of a batch, for 800 epochs
     weight_decay: float = 0.05
     warmup: int = 40  # steps
     batch_size: int = 32
     epochs: float = 10.0
     reconstruct: str = ""  # paint in --picture with this network, an official name or a file
     picture: str = ""  # an image file
-    eval_every: int = 0  # steps between evaluations, each with a checkpoint; 0: a quarter of all
+    eval_every: int = 0  # steps between evaluations, each with a checkpoint; 0: a quarter of a run
     log_every: int = 10
     seed: int = 0
     resume: bool = False  # go on from ckpt.pt in --out; repeat the run's other flags
@@ -440,7 +438,7 @@ class Config:
 
 
 def choose_device(name, dtype):
-    """The device, and autocast to bfloat16 where the hardware has products in it."""
+    """The device, and autocast to bfloat16 where the hardware multiplies in it."""
     if name == "auto":
         name = torch.accelerator.current_accelerator(check_available=True) or "cpu"  # cuda or mps
     device = torch.device(name)
@@ -453,7 +451,7 @@ def choose_device(name, dtype):
 
 
 def start_log(c, step):
-    """Write config.json, and leave in log.jsonl what came before the step."""
+    """Write config.json, and cut log.jsonl back to the step: to nothing if it is 0."""
     path = Path(c.out) / "log.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_name("config.json").write_text(json.dumps(vars(c), indent=2))
@@ -478,8 +476,8 @@ def save(path, state):
 def train(c):
     """Pre-train as c says, keep the weights that the linear probe likes best, and test those."""
     device, autocast = choose_device(c.device, c.dtype)
-    splits = load_images(dataclasses.replace(c, val=c.val or 5000))  # the probe always wants some
-    splits = train_split, val, _ = [[t.to(device) for t in split] for split in splits]
+    loaded = load_images(dataclasses.replace(c, val=c.val or 5000))  # probes always need some
+    splits = train_split, val, _ = [[t.to(device) for t in split] for split in loaded]
     images = train_split[0] if c.val else torch.cat((train_split[0], val[0]))
     torch.manual_seed(c.seed)
     fresh = MAE(32, **{name: getattr(c, name) for name in SHAPE}).to(device)
@@ -501,6 +499,8 @@ def train(c):
         step, best, seconds = saved["step"], saved["best"], saved["seconds"]
     assert step < steps, f"--epochs {c.epochs} means {steps} steps, but the run is at step {step}"
     start_log(c, step)
+    if step == 0:
+        (out / "best.pt").unlink(missing_ok=True)  # an older run's
     print(f"{sum(p.numel() for p in raw.parameters()):,} parameters, {steps} steps on {device}")
     model = torch.compile(raw) if c.compile else raw
     while step < steps:
@@ -527,12 +527,12 @@ def train(c):
             improved, best = scores["linear"] > best, max(scores["linear"], best)
             weights = raw.state_dict()
             encoder = {k: w for k, w in weights.items() if "decoder" not in k and k != "mask_token"}
-            state = dict(model=weights, encoder=encoder, encoder_config=raw.config,
+            state = dict(model=weights, encoder=encoder, encoder_config=raw.encoder_config,
                          optimizer=optimizer.state_dict(), config=vars(c), step=step, best=best,
                          seconds=seconds)
             if improved and c.val:
                 save(out / "best.pt", state)
-            save(out / "ckpt.pt", state)  # the last: what it says of best.pt is true
+            save(out / "ckpt.pt", state)  # after best.pt: its `best` is never ahead of that file
     if c.val:
         raw.load_state_dict(torch.load(out / "best.pt", device, weights_only=True)["model"])
     encoders = {"": raw.features, "_random_init": fresh.features, "_pixels": nn.Flatten()}
@@ -541,7 +541,7 @@ def train(c):
 
 
 def evaluate(c, model, train_split, val, autocast):
-    """Loss, always with the same masks, and probes, whose rate is chosen on the same images."""
+    """Loss on fixed masks, and probes: val picks the linear one's rate, too, so it flatters."""
     x, noise = masked_batch(dataclasses.replace(c, batch_size=1000), val[0], model.grid, 0)
     with torch.no_grad(), autocast:
         loss, _, _ = model(x, c.mask_ratio, noise)

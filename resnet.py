@@ -548,7 +548,7 @@ class Config:
 
 
 def choose_device(name, dtype):
-    """The device, and autocast to bfloat16 where the hardware has products in it."""
+    """The device, and autocast to bfloat16 where the hardware multiplies in it."""
     if name == "auto":
         name = torch.accelerator.current_accelerator(check_available=True) or "cpu"  # cuda or mps
     device = torch.device(name)
@@ -561,7 +561,7 @@ def choose_device(name, dtype):
 
 
 def start_log(c, step):
-    """Write config.json, and leave in log.jsonl what came before the step."""
+    """Write config.json, and cut log.jsonl back to the step: to nothing if it is 0."""
     path = Path(c.out) / "log.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_name("config.json").write_text(json.dumps(vars(c), indent=2))
@@ -647,7 +647,7 @@ def train(c):
                          step=step, best=best, seconds=seconds)
             if improved:
                 save(out / "best.pt", state)
-            save(out / "ckpt.pt", state)  # the last: what it says of best.pt is true
+            save(out / "ckpt.pt", state)  # after best.pt: its `best` is never ahead of that file
     if c.val:
         raw.load_state_dict(torch.load(out / "best.pt", device, weights_only=True)["model"])
     finish(c, raw, splits, autocast, step=step, seconds=seconds)

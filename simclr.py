@@ -347,11 +347,11 @@ def extract(encoder, split, autocast):
 
 
 def knn_accuracy(train_z, train_y, test_z, test_y, k=20, temperature=0.07):
-    """Share of test features (M, C) for whose label the k nearest training features (N, C) vote.
-    At cosine s a vote weighs exp(s / temperature) (arXiv 1805.01978v1 3.4). Nothing is fitted."""
+    """Share of test features (M, C) whose label wins a vote of the k nearest training features
+    (N, C). At cosine s a vote weighs exp(s / temperature) (arXiv 1805.01978v1 3.4)."""
     s = F.normalize(test_z, dim=1) @ F.normalize(train_z, dim=1).mT  # (M, N)
     s, nearest = s.topk(min(k, len(train_z)))  # (M, k), the largest first
-    weights = ((s - s[:, :1]) / temperature).exp()  # none overflows if the largest is 1
+    weights = ((s - s[:, :1]) / temperature).exp()  # exp(1 / .01) alone would overflow
     votes = F.one_hot(train_y)[nearest] * weights[:, :, None]  # (M, k, classes)
     return (votes.sum(dim=1).argmax(dim=1) == test_y).float().mean().item()
 
@@ -371,7 +371,7 @@ def linear_probe(train_z, train_y, val_z, val_y, test_z, test_y, steps=1000,
     for _ in range(steps):
         index = torch.randint(len(train_z), (256,), generator=generator)
         logits = classifiers(train_z[index]).split(10, dim=1)  # for each rate (256, classes)
-        loss = sum(rate * F.cross_entropy(x, train_y[index])  # each learns at a rate of its own
+        loss = sum(rate * F.cross_entropy(x, train_y[index])  # at lr 1: a rate for each
                    for rate, x in zip(rates, logits, strict=True))
         optimizer.zero_grad()
         loss.backward()
@@ -385,7 +385,7 @@ def linear_probe(train_z, train_y, val_z, val_y, test_z, test_y, steps=1000,
 
 
 def test_encoders(c, encoders, splits, autocast, **row):
-    """Read the test set, once, with functions of images (B, 3, H, W). Names end the scores'."""
+    """Score encoders, functions of images (B, 3, H, W), on the test set. Names are suffixes."""
     for name, encoder in encoders.items():
         train, val, test = (extract(encoder, split, autocast) for split in splits)
         row["knn" + name] = knn_accuracy(*train, *test)
@@ -451,7 +451,7 @@ class Config:
     weight_decay: float = 0.05
     batch_size: int = 64  # images, of two views each
     epochs: float = 5.0
-    eval_every: int = 0  # steps between evaluations, each with a checkpoint; 0: a quarter of all
+    eval_every: int = 0  # steps between evaluations, each with a checkpoint; 0: a quarter of a run
     probe_images: int = 4000  # training images that probes learn from during the run
     log_every: int = 10
     seed: int = 0
@@ -462,7 +462,7 @@ class Config:
 
 
 def choose_device(name, dtype):
-    """The device, and autocast to bfloat16 where the hardware has products in it."""
+    """The device, and autocast to bfloat16 where the hardware multiplies in it."""
     if name == "auto":
         name = torch.accelerator.current_accelerator(check_available=True) or "cpu"  # cuda or mps
     device = torch.device(name)
@@ -475,7 +475,7 @@ def choose_device(name, dtype):
 
 
 def start_log(c, step):
-    """Write config.json, and leave in log.jsonl what came before the step."""
+    """Write config.json, and cut log.jsonl back to the step: to nothing if it is 0."""
     path = Path(c.out) / "log.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_name("config.json").write_text(json.dumps(vars(c), indent=2))
@@ -559,7 +559,7 @@ def train(c):
                          optimizer=optimizer.state_dict(), step=step, best=best, seconds=seconds)
             if improved and c.val:
                 save(out / "best.pt", state)
-            save(out / "ckpt.pt", state)  # the last: what it says of best.pt is true
+            save(out / "ckpt.pt", state)  # after best.pt: its `best` is never ahead of that file
     if c.val:
         raw.load_state_dict(torch.load(out / "best.pt", device, weights_only=True)["model"])
     encoders = {"": encoder.eval(), "_random_init": fresh, "_pixels": nn.Flatten()}

@@ -743,7 +743,6 @@ class TestPuzzles(Case):
     def test_solutions(self):
         by_torch = dict(
             cumsum=lambda a: a.cumsum(0),
-            roll=lambda a, i: a.roll(-1),
             diff=lambda a, i: torch.diff(a, prepend=torch.zeros(1).long()),
             compress=lambda g, v, i: F.pad(v[g], (0, i - len(v[g]))),
             scatter_add=lambda v, link, j: torch.zeros(j).long().index_add(0, link, v),
@@ -751,7 +750,6 @@ class TestPuzzles(Case):
             bucketize=lambda v, b: torch.bucketize(v, b, right=True),
             causal_mask=lambda i, j: torch.ones(i, j).tril(j - i) == 1,
             window_mask=lambda i, w: torch.ones(i, i).tril().triu(1 - w) == 1,
-            tiles=lambda x, h, w, P: x.view(h, P, w, P).transpose(1, 2),
             patchify=lambda x, h, w, P: x.unfold(0, P, P).unfold(1, P, P).reshape(h * w, P * P),
             split_heads=lambda x, H, D: torch.stack(x.split(D, 2), 1),
             ids_restore=lambda ids: ids.argsort(),
@@ -832,7 +830,6 @@ class TestPuzzles(Case):
             ("triu", "where(arange(j)[:, None] < arange(j), 1, 0)", "off by one"),
             ("triu", "arange(j)[:, None] <= arange(j)", "a comparison: where"),
             ("sum", "(ones(a.shape[0]) @ a[:, None])[0]", "an axis"),
-            ("sum", "a", "a length is off by one"),
             ("roll", "a", "shifted to the right"),
             ("ones", "i", "no tensor but int"),
             ("softmax", "exp(x) / rowsum(exp(x))", "not a number"),
@@ -855,12 +852,9 @@ class TestPuzzles(Case):
         for line, says in {
             "torch.ones(i)": "called",
             "arange(i).sum()": "called",
-            "(lambda: i)()": "called",
             "where.__globals__": "__globals__ is",
             "'a' * i": "'a'",
             "[1 for k in arange(i)]": "ListComp",
-            "i if i else i": "IfExp",
-            "open": "open is not",
             "__builtins__": "__builtins__ is",
             "arange(n=i)": "keyword",
             "0 < arange(i) < 1": "one comparison",
@@ -883,7 +877,6 @@ class TestPuzzles(Case):
             ("def ones(i):\n    i = 2\n    return i\n", "line 1: want def ones(i):"),
             ("def ones(*i):\n    return i\n", "want"),
             ("@ones\ndef ones(i):\n    return i\n", "want"),
-            ("def ones(i): yield i\n", "want"),
             (good + "def ones(i):\n    return ...\n", twice),
             ("def summ(a):\n    return a\n", "my_puzzles.py, line 1: nothing but"),
         ):
@@ -906,7 +899,6 @@ class TestPuzzles(Case):
 
     def test_commands(self):
         """start, show and reveal; check in a new process, on a console that isn't UTF-8."""
-
         self.do("start")
         stubs = (self.dir / "my_puzzles.py").read_text()
         self.assertEqual([node.name for node in ast.parse(stubs).body], list(self.all))
@@ -1388,8 +1380,7 @@ class TestResNet(Case):
         train, held, _ = r.load_images(r.Config(data="cifar10", data_dir=str(self.dir)))
         self.same([train[1], held[1]], [y[:45000], y[45000:]])
         records[:9999].tofile(source / names[3])
-        self.assertRaisesRegex(ValueError, names[3], r.load_cifar10, self.dir)
-
+        self.assertRaisesRegex(ValueError, str(source), r.load_cifar10, self.dir)
 
     def test_augment(self):
         images = torch.randint(0, 256, (5, 3, 6, 6), dtype=torch.uint8)
@@ -1734,7 +1725,6 @@ class TestViT(Case):
         blocks = self.vit.make_vit(self.vit.Config(depth=5, drop_path=0.4)).blocks
         self.close([b.drop_path.p for b in blocks], [0, 0.1, 0.2, 0.3, 0.4], 1e-6)
 
-
     def test_resume(self):
         flags = "--trivial --mixup 0.8 --cutmix 1 --ema 0.9 --drop_path 0.5 --layer_decay 0.8"
         self.resumes("vit", "draw_batch", 6, *self.tiny, *flags.split())
@@ -1754,9 +1744,12 @@ class TestViT(Case):
         z = model.features(self.vit.normalise(x, model.stats))
         self.close(log[-1]["test_loss"], F.cross_entropy(model.head(z), y), 1e-5)
         self.close(load(out / "features.pt")["test_z"], z, 1e-5)
-        flags = f"--init {out}/best.pt --val 0 --image_size 40 --epochs 0.2 --out {out}"
+        flags = f"--init {out}/best.pt --val 0 --image_size 40 --epochs 0.2 --out {out} --freeze"
         run("vit", *self.tiny, *flags.split())
-        self.assertEqual(load(out / "ckpt.pt")["model"]["pos_embed"].shape, (1, 26, 16))
+        w = load(out / "ckpt.pt")["model"]
+        self.assertEqual(w["pos_embed"].shape, (1, 26, 16))
+        self.same(w["blocks.0.attn.qkv.weight"], best["ema"]["blocks.0.attn.qkv.weight"])
+        self.assertFalse(torch.equal(w["head.weight"], best["ema"]["head.weight"]))
         self.assertFalse((out / "best.pt").exists())
 
 

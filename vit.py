@@ -157,8 +157,8 @@ class ConvStem(nn.Module):
 
 
 def sincos_2d(dim, grid):
-    """Fixed positions (grid^2, dim), row by row: sines, then cosines, of x / 10000^(4 i / dim), and
-    behind them those of y. As in arXiv 1706.03762 3.5, for either coordinate, in MAE's order."""
+    """Fixed positions (grid^2, dim), row by row: sines and cosines of x / 10000^(4 i / dim), then
+    those of y (arXiv 1706.03762v7 3.5, once for each coordinate, in MAE's order)."""
     assert dim % 4 == 0, f"{dim} channels can't hold sines and cosines of x and y"
     frequency = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     angle = torch.arange(grid)[:, None] * frequency  # (grid, dim / 4)
@@ -198,7 +198,7 @@ class Attention(nn.Module):
     def forward(self, x):
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         weights = (q @ k.mT / q.size(-1) ** 0.5).softmax(dim=-1)  # (B, H, N, N)
-        y = weights @ v  # (B, H, N, D). For long sequences F.scaled_dot_product_attention is faster
+        y = weights @ v  # (B, H, N, D); for long sequences use F.scaled_dot_product_attention
         return self.proj(y.transpose(1, 2).flatten(2))  # (B, N, C)
 
 
@@ -492,6 +492,7 @@ class Config:
     val: int = 5000  # images of cifar10, the last, to validate on; 0: train on all
     out: str = "out/vit"
     init: str = ""  # deit_tiny_patch16_224, ... or a file: its weights; its shape overrides flags
+    freeze: bool = False  # train the head alone
     dim: int = 128  # C
     depth: int = 4  # blocks
     heads: int = 0  # 0: of 32 channels each; with --init as many as it had, else of 64
@@ -525,7 +526,7 @@ class Config:
 
 
 def choose_device(name, dtype):
-    """The device, and autocast to bfloat16 where the hardware has products in it."""
+    """The device, and autocast to bfloat16 where the hardware multiplies in it."""
     if name == "auto":
         name = torch.accelerator.current_accelerator(check_available=True) or "cpu"  # cuda or mps
     device = torch.device(name)
@@ -538,7 +539,7 @@ def choose_device(name, dtype):
 
 
 def start_log(c, step):
-    """Write config.json, and leave in log.jsonl what came before the step."""
+    """Write config.json, and cut log.jsonl back to the step: to nothing if it is 0."""
     path = Path(c.out) / "log.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_name("config.json").write_text(json.dumps(vars(c), indent=2))
@@ -569,6 +570,8 @@ def make_vit(c):
         c.heads = c.heads or c.dim // 32
         model = ViT(**{name: getattr(c, name) for name in SHAPE}, **more)
     vars(c).update({name: model.config[name] for name in SHAPE})
+    if c.freeze:
+        model.requires_grad_(False).head.requires_grad_(True)
     return model
 
 
@@ -636,7 +639,7 @@ def train(c):
                          config=vars(c), step=step, best=best, seconds=seconds)
             if improved:
                 save(out / "best.pt", state)
-            save(out / "ckpt.pt", state)  # the last: what it says of best.pt is true
+            save(out / "ckpt.pt", state)  # after best.pt: its `best` is never ahead of that file
     test_once(c, averaged, train_split, test, autocast, step=step, seconds=seconds)
 
 

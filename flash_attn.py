@@ -1,21 +1,20 @@
 r"""FlashAttention: exact attention, forward and backward, that never stores the T x T scores.
 
 A softmax needs a row's largest score and its sum of exponentials. Both can be corrected when more
-keys come in [3]. So scores are made one tile (some queries x some keys) at a time, used, and
-dropped [1, 2]. A tile stays in fast memory, a CPU's cache or a GPU's SRAM, which saves round trips
-to main memory. For the backward pass one number per query is kept, LSE = log(sum_j e^s_j). With it,
-any tile of probabilities can be made again: they are e^(s - LSE).
+keys come in [3]. So scores s = q k^T / sqrt(D) are made one tile (some queries x some keys) at a
+time, used, and dropped [1, 2]. A tile stays in a CPU's cache or a GPU's SRAM, which saves trips to
+main memory. The backward pass makes the tiles again: probabilities are e^(s - LSE), and of the
+forward pass it needs, besides the output, one number per query, LSE = log(sum_j e^s_j).
 
-    python flash_attn.py                             # a small Transformer learns to retrieve
+    python flash_attn.py                             # a layer of attention learns to retrieve
+    python flash_attn.py --tiles                     # which tiles a mask skips
     python flash_attn.py --bench --block_size 16384  # time and memory against T
 
-What to expect (torch 2.13.0, one core of an AMD EPYC, fp32; assets/logs/flash_attn/):
-- python flash_attn.py: test accuracy 1.0 after 55 s of training
-- T = 4,096, causal, of torch's kernel's time: forward 1.15, with backward 1.06; naive 7.7, 4.9
-- H200, bf16, T = 16,384, of torch's kernel's time: 1.56, with backward 1.50; 3.2, 2.7 at 512
+What to expect (torch 2.13.0, one core of an AMD EPYC, fp32; assets/logs/flash_attn/): the test
+accuracy is 1.0 after 55 s. At T = 4,096, causal, flash takes 1.15 times as long as torch's kernel,
+with backward 1.06, and naive attention 7.7 and 4.9.
 
-Differs from [1, 2]: PyTorch computes half precision in fp32, grouped keys are repeated, documents
-are a call each, and Triton makes P twice for the backward pass. There is no dropout.
+Differs from [1, 2]: PyTorch computes half precision in fp32, Triton makes P twice, no dropout.
 
 [1] FlashAttention-2, arXiv 2307.08691v1  [2] FlashAttention, arXiv 2205.14135v2
 [3] Online softmax, arXiv 1805.02867v2  [4] GQA, arXiv 2305.13245v3
@@ -27,6 +26,8 @@ import dataclasses
 import json
 import math
 import time
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -137,8 +138,7 @@ def prepare(q, k, v, window, scale):
     k, v = k.to(q.dtype), v.to(q.dtype)  # under autocast they can differ
     B, H, _, D = q.shape
     if k.size(1) < H:  # query heads share a key head [4]
-        k = k.repeat_interleave(H // k.size(1), dim=1)  # (B, H, T_k, D)
-        v = v.repeat_interleave(H // v.size(1), dim=1)
+        k, v = (x.repeat_interleave(H // x.size(1), dim=1) for x in (k, v))  # (B, H, T_k, D)
     assert k.shape == v.shape == (B, H, k.size(2), D), f"q {q.shape}, k {k.shape}, v {v.shape}"
     assert window is None or window >= 1, f"window {window}: want None, or 1 or more"
     scale = D ** -0.5 if scale is None else scale
@@ -146,11 +146,7 @@ def prepare(q, k, v, window, scale):
     return q, k, v, scale
 
 
-# ---- Which tiles there are: a causal mask with a window of 5 skips (.), cuts (/) or fills (#) one
-#     queries 0, 1   / . . .    the first column is keys 0 and 1
-#     queries 2, 3   # / . .
-#     queries 4, 5   / # / .    query 5 doesn't see key 0
-#     queries 6, 7   . / # /
+# ---- Which tiles there are (--tiles draws them), and the gradients, tile by tile
 
 def tile_map(lo, hi):
     """The tiles that aren't skipped: [(rows, [(columns, hidden), ...]), ...], where hidden (rows,
@@ -368,45 +364,31 @@ def triton_gradients(q, k, v, do, lse, delta, lo, hi, scale):
     return dq, dk, dv
 
 
-# ---- A task that needs attention far back, and a Transformer of one layer that learns it
-#     k7 v3 k2 v9 k5 v1 | k2 ? k5 ? k7 ?    keys with values, then the keys in another order;
-#                          v9   v1   v3     where it reads a key, the model names its value
+# ---- A task that needs attention far back. Keys with values, then the keys in another order:
+#     k7 v3 k2 v9 k5 v1 | k2 ? k5 ? k7 ?    where the model reads a key, it names the value
 VALUES = 64
 
 
 def retrieval_batch(seed, B, T, device):
-    """Tokens (B, T) and answers (B, T / 4), a function of the seed. Ids below T / 2 are keys."""
+    """Tokens (B, T), a function of the seed. Ids below VALUES are values, the others keys."""
     rng = np.random.default_rng(seed)
-    keys = rng.random((B, T // 2)).argsort(axis=1)[:, :T // 4]  # (B, T / 4), no two alike
-    values = T // 2 + rng.integers(VALUES, size=keys.shape)
-    pairs = np.stack((keys, values), axis=2)  # (B, T / 4, 2)
-    tokens = np.hstack((pairs, rng.permutation(pairs, axis=1))).reshape(B, T)
-    tokens = torch.from_numpy(tokens).to(device)
-    return tokens, tokens[:, T // 2 + 1::2] - T // 2
+    keys = VALUES + rng.random((B, T // 4)).argsort(axis=1)  # (B, T / 4), each key once
+    pairs = np.stack((keys, rng.integers(VALUES, size=keys.shape)), axis=2)  # (B, T / 4, 2)
+    tokens = np.hstack((pairs, rng.permutation(pairs, axis=1)))  # (B, T / 2, 2)
+    return torch.from_numpy(tokens).view(B, T).to(device)
 
 
-class RetrievalModel(nn.Module):
-    """Tokens (B, T) and answers (B, T / 4) to loss and accuracy. A token's attention key is the
-    query of the token before it, so that it attends to what followed its like, as in [6]."""
-
-    def __init__(self, T, C):
-        super().__init__()
-        self.embed = nn.Embedding(T // 2 + VALUES, C)
-        self.norm = nn.LayerNorm(C)
-        self.qv = nn.Linear(C, 2 * C, bias=False)
-        self.mlp = nn.Sequential(
-            nn.LayerNorm(C), nn.Linear(C, 4 * C), nn.GELU(), nn.Linear(4 * C, C))
-        self.head = nn.Sequential(nn.LayerNorm(C), nn.Linear(C, VALUES))
-
-    def forward(self, tokens, answers):
-        x = self.embed(tokens)  # (B, T, C)
-        q, v = self.qv(self.norm(x))[:, None].chunk(2, dim=3)  # (B, 1, T, C), one head
-        k = F.pad(q, (0, 0, 1, 0))[:, :, :-1]  # one token later
-        x = x + flash_attention(q, k, v, causal=True).squeeze(1)
-        x = x[:, tokens.size(1) // 2::2]  # (B, T / 4, C), the keys of the second half
-        logits = self.head(x + self.mlp(x)).float()  # (B, T / 4, VALUES)
-        accuracy = (logits.argmax(dim=2) == answers).float().mean()
-        return F.cross_entropy(logits.mT, answers), accuracy
+def retrieval_loss(model, tokens, dtype):
+    """Loss and accuracy in the second half of tokens (B, T). A token's attention key is the query
+    of the token before it, so a token finds what followed the same token earlier, as in [6]."""
+    v = model.embed(tokens)[:, None]  # (B, 1, T, C), one head
+    q = model.query(v).to(dtype)
+    k = F.pad(q, (0, 0, 1, -1))  # one token later
+    o = flash_attention(q, k, v, causal=True).squeeze(1).float()  # (B, T, C)
+    logits = model.head(o[:, tokens.size(1) // 2::2])  # (B, T / 4, VALUES)
+    answers = tokens[:, tokens.size(1) // 2 + 1::2]  # (B, T / 4)
+    accuracy = (logits.argmax(dim=2) == answers).float().mean()
+    return F.cross_entropy(logits.mT, answers), accuracy
 
 
 # ---- Bench and training
@@ -425,24 +407,47 @@ def measure(f, inputs, do):
 
 
 def bench(c):
-    """Time and memory against T up to --block_size: causal, B = 1, H = 8, D = 64."""
-    device, dtype = pick_device(c.device, c.dtype)
-    kinds = dict(
-        sdpa=lambda *qkv: F.scaled_dot_product_attention(*qkv, is_causal=True),
-        flash=lambda *qkv: flash_attention(*qkv, causal=True),
-        naive=lambda *qkv: attention(*qkv, causal=True))
+    """--bench: time and memory against T; 8 heads, D = 64. A window of 256 is a mask for sdpa."""
+    dtype = getattr(torch, c.dtype)
+    curves = {}
     for T in (2**n for n in range(9, c.block_size.bit_length())):
-        if T > 4096:  # its matrices are 2 GB each
-            kinds.pop("naive", None)
-        *inputs, do = torch.randn(4, 1, 8, T, 64, device=device, dtype=dtype, requires_grad=True)
-        found = []
-        for _ in range(8):  # the kinds in turn, so that other work slows all alike
-            found.append([measure(f, inputs, do) for f in kinds.values()])
-        medians = np.median(found[1:], axis=0)  # (kinds, 3); the first round warms up
-        for name, row in zip(kinds, medians, strict=True):
-            ratio = row / medians[0]
-            print(f"T {T:5} {name:5} forward {row[0]:.4f} s ({ratio[0]:.2f} of sdpa's), and back "
-                  f"{row[1]:.4f} s ({ratio[1]:.2f}), keeps {row[2]:.1f} MB", flush=True)
+        *inputs, do = torch.randn(4, 1, 8, T, 64, device=c.device, dtype=dtype, requires_grad=True)
+        seen = ~hidden_keys(*spans(do, do, True, 256), 0, T)  # (T, T), the mask
+        kinds = {
+            ("causal", "sdpa"): partial(F.scaled_dot_product_attention, is_causal=True),
+            ("causal", "flash"): partial(flash_attention, causal=True),
+            ("window", "sdpa"): partial(F.scaled_dot_product_attention, attn_mask=seen),
+            ("window", "flash"): partial(flash_attention, causal=True, window=256)}
+        if T <= 4096:  # at 8,192 each of its matrices takes 2 GB
+            kinds["causal", "naive"] = partial(attention, causal=True)
+        rounds = []  # the first one warms up
+        for _ in range(8 if T <= 4096 else 3):  # the kinds in turn: other work slows all alike
+            rounds.append([measure(f, inputs, do) for f in kinds.values()])
+        medians = dict(zip(kinds, np.median(rounds[1:], axis=0), strict=True))
+        for (mask, kind), row in medians.items():
+            ratio = row / medians[mask, "sdpa"]
+            print(f"T {T:5} {mask} {kind:5} forward {row[0]:.4f} s ({ratio[0]:.2f} of sdpa's), and "
+                  f"back {row[1]:.4f} s ({ratio[1]:.2f}), keeps {row[2]:.1f} MB", flush=True)
+            curves.setdefault(f"{mask} {kind}", []).append((T, row[1]))
+    if not find_spec("matplotlib"):
+        return print(f"for {c.out}/bench.png: pip install matplotlib")
+    import matplotlib.pyplot as plt
+    for name, points in curves.items():
+        plt.loglog(*np.transpose(points), "o-", label=name)
+    plt.legend(title="seconds forward and backward, against T")
+    plt.savefig(f"{c.out}/bench.png")
+
+
+def show_tiles(c):
+    """--tiles: which tiles of T x T scores the mask skips (.), cuts (/) and leaves full (#)."""
+    q = torch.empty(1, 1, c.block_size, 1)
+    for window in (None, c.block_size // 4):
+        print(f"causal, window {window}")
+        for _, tiles in tile_map(*spans(q, q, True, window)):
+            row = ["."] * math.ceil(c.block_size / TILE)
+            for columns, hidden in tiles:
+                row[columns.start // TILE] = "#" if hidden is None else "/"
+            print(*row)
 
 
 CHOICES = dict(dtype=("auto", "float32", "bfloat16"))
@@ -462,18 +467,8 @@ class Config:
     device: str = "auto"
     dtype: str = "auto"
     compile: bool = False
+    tiles: bool = False
     bench: bool = False
-
-
-def pick_device(name, dtype):
-    """The device, and the type to compute in."""
-    if name == "auto":
-        found = torch.accelerator.is_available()  # cuda or mps
-        name = torch.accelerator.current_accelerator().type if found else "cpu"
-    if dtype == "auto":
-        fast = name == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype = "bfloat16" if fast else "float32"
-    return torch.device(name), getattr(torch, dtype)
 
 
 def log_row(c, **row):
@@ -484,22 +479,22 @@ def log_row(c, **row):
 
 
 def train(c):
-    device, dtype = pick_device(c.device, c.dtype)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     torch.manual_seed(c.seed)
-    model = RetrievalModel(c.block_size, c.n_embd).to(device)
-    if c.compile:
-        model.compile()
+    model = nn.ModuleDict(dict(
+        embed=nn.Embedding(VALUES + c.block_size // 4, c.n_embd),
+        query=nn.Linear(c.n_embd, c.n_embd, bias=False),
+        head=nn.Linear(c.n_embd, VALUES))).to(c.device)
+    loss_of = partial(retrieval_loss, model, dtype=getattr(torch, c.dtype))
+    loss_of = torch.compile(loss_of) if c.compile else loss_of
+    evaluate = torch.no_grad()(loss_of)  # the same without gradients
     optimizer = torch.optim.Adam(model.parameters(), c.lr, betas=(0.9, 0.98))
-    out, seconds = Path(c.out), 0.0
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps(vars(c), indent=2))
-    (out / "log.jsonl").write_text("")
+    Path(c.out, "config.json").write_text(json.dumps(vars(c), indent=2))
+    Path(c.out, "log.jsonl").write_text("")
+    seconds = 0.0
     for step in range(1, c.steps + 1):
         started = time.perf_counter()
-        x, y = retrieval_batch((c.seed, 0, step), c.batch_size, c.block_size, device)
-        with autocast:
-            loss, _ = model(x, y)
+        tokens = retrieval_batch((c.seed, 0, step), c.batch_size, c.block_size, c.device)
+        loss, _ = loss_of(tokens)
         if not loss.isfinite():
             raise SystemExit(f"loss is {loss.item()} at step {step}")
         loss.backward()
@@ -508,15 +503,12 @@ def train(c):
         seconds += time.perf_counter() - started
         if step % c.log_every == 0:
             log_row(c, step=step, loss=loss.item(), lr=c.lr, seconds=seconds,
-                    tokens_per_s=step * x.numel() / seconds)
+                    tokens_per_s=step * tokens.numel() / seconds)
         if step % c.eval_every == 0 or step == c.steps:
-            with torch.no_grad(), autocast:
-                loss, right = model(*retrieval_batch((c.seed, 1), 8, c.block_size, device))
+            loss, right = evaluate(retrieval_batch((c.seed, 1), 8, c.block_size, c.device))
             log_row(c, step=step, seconds=seconds, val_loss=loss.item(), val_accuracy=right.item())
-    with torch.no_grad(), autocast:
-        loss, right = model(*retrieval_batch((c.seed, 2), 8, c.block_size, device))
+    loss, right = evaluate(retrieval_batch((c.seed, 2), 8, c.block_size, c.device))
     log_row(c, step=step, test_loss=loss.item(), test_accuracy=right.item(), final=True)
-    print("solved" if right > 0.99 else "not solved")
 
 
 def make_parser():
@@ -533,6 +525,14 @@ def make_parser():
 
 def main(argv=None):
     c = Config(**vars(make_parser().parse_args(argv)))
+    if c.device == "auto":  # cuda, mps or cpu
+        c.device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    if c.dtype == "auto":
+        fast = "cuda" in c.device and torch.cuda.is_bf16_supported(including_emulation=False)
+        c.dtype = "bfloat16" if fast else "float32"
+    if c.tiles:
+        return show_tiles(c)
+    Path(c.out).mkdir(parents=True, exist_ok=True)
     (bench if c.bench else train)(c)
 
 

@@ -2,19 +2,18 @@ r"""MAE: hide most of an image, and learn to see by painting in what is missing.
 
 A masked autoencoder [1] removes most patches of an image at random. The encoder, a Transformer,
 reads only those that are left, which makes it cheap. The decoder, a smaller one, gets what the
-encoder made of them, with the same learned token in each gap, and predicts the removed pixels. No
-label is used. Then the decoder is thrown away: probes show what the encoder has learned.
+encoder made of them, with one learned token in each gap, and predicts the removed pixels. Then it
+is thrown away: probes show what the encoder has learned, and vit.py --init trains it with labels.
 
     python mae.py                                     # offline: shapes that it draws
     python mae.py --data cifar10 --dim 192 --depth 6 --heads 3 --decoder_dim 128 --decoder_depth 2 \
         --decoder_heads 4 --norm_pix_loss --batch_size 128 --warmup 270 --epochs 7.7
-    python vit.py --init out/mae/best.pt --lr 1e-3 --layer_decay 0.75    # go on with labels
     python mae.py --reconstruct mae_visualize_vit_base --picture photo.jpg
 
 What to expect (torch 2.13.0, one core of an AMD EPYC in bfloat16; assets/logs/mae/): python mae.py
 trains for 199 s. Then a linear probe is right on 40.0% of test shapes (random init 26.2%).
-Differs from [1]: a decoder of one block of 64 channels, not eight of 512; no crops (Table 1e);
-block masks are squares. Probes read the mean of the patches: no loss trains the class token itself.
+Differs from [1]: a decoder of one block of 64 channels, not eight of 512; images are moved, not
+cropped; block masks are squares. Probes read the patches' mean: no loss trains the class token.
 
 [1] He et al. 2021, MAE, arXiv 2111.06377v3; parameter names: github.com/facebookresearch/mae
 """
@@ -40,26 +39,21 @@ from torch import nn
 
 
 class MAE(nn.Module):
-    """Normalised images (B, 3, S, S) -> loss, predictions (B, N, P^2 3), mask (B, N), 1 if removed.
-    norm_pix_loss: predict a patch's pixels less their mean, over their std ([1] 3)."""
+    """Normalised images (B, 3, S, S) -> loss, pixels (B, N, P^2 3), mask (B, N): 1 if removed."""
 
     def __init__(self, image_size, patch_size, dim, depth, heads, decoder_dim, decoder_depth,
                  decoder_heads, norm_pix_loss=False):
         super().__init__()
-        self.encoder_config = dict(image_size=image_size, patch_size=patch_size, dim=dim,
-                                   depth=depth, heads=heads, pool="cls")  # for vit.py
         assert image_size % patch_size == 0, f"{image_size} pixels, patches of {patch_size}"
         self.patch_size = patch_size
         self.grid = image_size // patch_size
         self.norm_pix_loss = norm_pix_loss
-        # the encoder
         self.patch_embed = nn.Sequential(OrderedDict(  # cut into patches, project each
             proj=nn.Conv2d(3, dim, patch_size, stride=patch_size)))
         positions = F.pad(sincos_2d(dim, self.grid), (0, 0, 1, 0))  # a row of 0 for the class token
         self.pos_embed = nn.Parameter(positions[None], requires_grad=False)  # (1, 1 + N, C)
         self.blocks = nn.ModuleList(PreNormBlock(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        # the decoder
         self.decoder_embed = nn.Linear(dim, decoder_dim)
         positions = F.pad(sincos_2d(decoder_dim, self.grid), (0, 0, 1, 0))
         self.decoder_pos_embed = nn.Parameter(positions[None], requires_grad=False)  # (1, 1 + N, D)
@@ -124,8 +118,7 @@ class MAE(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_path, data_dir="data", **changes):
-        """mae_visualize_vit_base, _large, _large_ganloss (450 MB to 1.3 GB), or a file of [1] or of
-        this script, with its decoder. Heads in [1] have 64 channels (80 of 1280), decoders' 32."""
+        """Official mae_visualize_vit_base, _large, _large_ganloss, or a file that has a decoder."""
         if name_or_path.startswith("mae_visualize"):
             url = f"https://dl.fbaipublicfiles.com/mae/visualize/{name_or_path}.pth"
             saved = torch.hub.load_state_dict_from_url(url, data_dir, "cpu", weights_only=True)
@@ -134,13 +127,14 @@ class MAE(nn.Module):
         w = {name.removeprefix("module.").removeprefix("_orig_mod."): t
              for name, t in saved.get("model", saved).items()}
         blocks = [name.split(".")[0] for name in w if name.endswith("norm1.weight")]
-        P, dim = w["patch_embed.proj.weight"].size(3), w["pos_embed"].size(2)
+        P = w["patch_embed.proj.weight"].size(3)
+        dim = w["pos_embed"].size(2)
         decoder_dim = w["decoder_pos_embed"].size(2)
         sizes = dict(
             image_size=P * math.isqrt(w["pos_embed"].size(1) - 1), patch_size=P,
             dim=dim, depth=blocks.count("blocks"), heads=16 if dim == 1280 else max(1, dim // 64),
             decoder_dim=decoder_dim, decoder_depth=blocks.count("decoder_blocks"),
-            decoder_heads=max(1, decoder_dim // 32))
+            decoder_heads=max(1, decoder_dim // 32))  # as in [1]
         flags = saved.get("config", {})  # of this script
         sizes.update((name, flags[name]) for name in SHAPE if name in flags)
         model = cls(**sizes | changes)
@@ -225,12 +219,17 @@ def mask_noise(kind, rng, B, grid):
 
 
 def masked_batch(c, images, grid, step):
-    """Images (B, 3, S, S) and noise (B, N) for their masks, drawn from (seed, step) alone."""
+    """Images (B, 3, 32, 32), moved, and noise (B, N) for masks, drawn from (seed, step) alone."""
     epoch, position = divmod(step, max(1, len(images) // c.batch_size))
     order = np.random.default_rng((c.seed, 1, epoch)).permutation(len(images))
     index = torch.from_numpy(order[position * c.batch_size:][:c.batch_size])
-    noise = mask_noise(c.mask, np.random.default_rng((c.seed, 2, step)), len(index), grid)
-    return standardise(images[index]), noise.to(images.device)
+    rng = np.random.default_rng((c.seed, 2, step))
+    dy, dx = torch.from_numpy(rng.integers(9, size=(2, len(index))))
+    noise = mask_noise(c.mask, rng, len(index), grid)
+    x = F.pad(standardise(images[index]), [4] * 4, mode="reflect")  # (B, 3, 40, 40)
+    windows = x.unfold(2, 32, 1).unfold(3, 32, 1)  # (B, 3, 9, 9, 32, 32), a view
+    x = windows[torch.arange(len(index)), :, dy, dx]  # (B, 3, 32, 32)
+    return x, noise.to(x.device)
 
 
 def learning_rate(step, peak, warmup, steps):
@@ -373,19 +372,18 @@ def test_encoders(c, encoders, splits, autocast, **row):
 
 @torch.no_grad()
 def draw_reconstructions(c, model, images, path):
-    """A sheet of images (B, 3, H, W) in 0 to 255: whole, what is left, and rebuilt. If the network
-    predicts normalised pixels, they get the true mean and std, which it never saw."""
+    """A sheet of images (B, 3, H, W) in 0 to 255: whole, what is left, and rebuilt."""
     if not find_spec("matplotlib"):
         return print(f"for {path}: pip install matplotlib")
     import matplotlib.pyplot as plt
-    S = model.encoder_config["image_size"]
+    S = model.grid * model.patch_size
     images = F.interpolate(images.float(), (S, S), mode="bilinear", antialias=True)
     stats = CIFAR10_STATS if S == 32 else IMAGENET_STATS
     mean, std = (torch.tensor(s, device=images.device)[:, None, None] for s in stats)
     x = (images / 255 - mean) / std
     noise = mask_noise(c.mask, np.random.default_rng(0), len(x), model.grid).to(x.device)
     _, pred, mask = model(x, c.mask_ratio, noise)
-    if model.norm_pix_loss:
+    if model.norm_pix_loss:  # give it the true mean and std, which it never saw
         patch_std, patch_mean = torch.std_mean(patchify(x, model.patch_size), 2, keepdim=True)
         pred = pred * patch_std + patch_mean
     removed = unpatchify(mask[:, :, None].expand_as(pred), model.patch_size) == 1
@@ -524,12 +522,14 @@ def train(c):
         if step % (c.eval_every or math.ceil(steps / 4)) == 0 or step == steps:
             scores = evaluate(c, raw, train_split, val, autocast)
             log_row(c, step=step, seconds=seconds, **scores)
-            improved, best = scores["linear"] > best, max(scores["linear"], best)
+            improved = scores["linear"] > best
+            best = max(scores["linear"], best)
             weights = raw.state_dict()
             encoder = {k: w for k, w in weights.items() if "decoder" not in k and k != "mask_token"}
-            state = dict(model=weights, encoder=encoder, encoder_config=raw.encoder_config,
-                         optimizer=optimizer.state_dict(), config=vars(c), step=step, best=best,
-                         seconds=seconds)
+            shape = {name: getattr(c, name) for name in SHAPE[:4]}
+            state = dict(model=weights, encoder=encoder, optimizer=optimizer.state_dict(),
+                         encoder_config=dict(shape, image_size=32, pool="cls"), config=vars(c),
+                         step=step, best=best, seconds=seconds)
             if improved and c.val:
                 save(out / "best.pt", state)
             save(out / "ckpt.pt", state)  # after best.pt: its `best` is never ahead of that file

@@ -103,7 +103,8 @@ class TwoViews(nn.Module):
     def forward(self, x1, x2):
         if self.loss == "simclr":
             z = self.network(torch.cat((x1, x2)))  # (2B, D): batch norm sees all views together
-            return nt_xent(*z.chunk(2), self.temperature)
+            z1, z2 = z.chunk(2)
+            return nt_xent(z1, z2, self.temperature)
         if self.loss == "vicreg":
             return vicreg_loss(self.network(x1), self.network(x2))
         q = in_parts(self.network, x1)  # (B, D)
@@ -402,7 +403,7 @@ def evaluate(c, model, train_split, val, autocast):
     model = copy.deepcopy(model).eval()  # its loss moves MoCo's keys and queue
     with torch.no_grad(), autocast:
         loss = model(*draw_views(c, val[0], step=0))
-    few = [t[:c.probe_images] for t in train_split]
+    few = [t[:4000] for t in train_split]
     train, val = (extract(model.network[0], split, autocast) for split in (few, val))
     return dict(val_loss=loss.item(), knn=knn_accuracy(*train, *val),
                 linear=linear_probe(*train, *val, *val))
@@ -452,7 +453,6 @@ class Config:
     batch_size: int = 64  # images, of two views each
     epochs: float = 5.0
     eval_every: int = 0  # steps between evaluations, each with a checkpoint; 0: a quarter of a run
-    probe_images: int = 4000  # training images that probes learn from during the run
     log_every: int = 10
     seed: int = 0
     resume: bool = False  # go on from ckpt.pt in --out; repeat the run's other flags

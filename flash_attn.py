@@ -14,7 +14,7 @@ What to expect (torch 2.13.0, one core of an AMD EPYC, fp32; assets/logs/flash_a
 accuracy is 1.0 after 55 s. At T = 4,096, causal, flash takes 1.15 times as long as torch's kernel,
 with backward 1.06, and naive attention 7.7 and 4.9.
 
-Differs from [1, 2]: PyTorch computes half precision in fp32, Triton makes P twice, no dropout.
+Differs from [1, 2]: the PyTorch version computes in fp32, the Triton one makes P twice; no dropout.
 
 [1] FlashAttention-2, arXiv 2307.08691v1  [2] FlashAttention, arXiv 2205.14135v2
 [3] Online softmax, arXiv 1805.02867v2  [4] GQA, arXiv 2305.13245v3
@@ -42,7 +42,7 @@ except ImportError:
     triton = None
 
 LOG2E = 1 / math.log(2)  # e^x = 2^(x log2(e)), and 2^x takes less time
-TILE = 256  # 8 heads x 256 x 256 scores are 2 MB in fp32: a CPU's cache holds them. 64 heads: 128
+TILE = 256  # scores of 8 heads x 256 x 256 are 2 MB: a CPU's cache holds them. More heads: less
 
 # ---- The idea: softmax in pieces
 
@@ -59,8 +59,8 @@ def online_softmax(x):
 
 
 def merge(o1, lse1, o2, lse2):
-    """Attention over two sets of keys, from that over each: o (..., D) and LSE (...), the log of
-    the sum of e^s. A set without keys has LSE = -inf."""
+    """Attention over two sets of keys together, from the o (..., D) and LSE (...) of each. LSE is
+    the log of the sum of e^s, -inf for a set without keys."""
     lse = torch.logaddexp(lse1, lse2)
     finite = lse.clamp(min=-1e30)  # -inf - -inf would be NaN
     weight1 = torch.exp(lse1 - finite)[..., None]  # the set's share of the sum over both
@@ -82,7 +82,7 @@ def attention_in_tiles(q, k, v, lo, hi, scale):
     """o and LSE, base 2: P = 2^(scale Q K^T - LSE). Query i sees the keys lo[i] to hi[i] - 1."""
     o = torch.empty_like(q)  # (N, T_q, D)
     lse = torch.empty_like(q[..., :1])  # (N, T_q, 1)
-    memory = q.new_empty(0)  # kept by resize_(0): fresh pages for each tile would take time
+    memory = q.new_empty(0)  # for all tiles' scores: resize_(0) keeps it, fresh pages take time
     for rows, tiles in tile_map(lo, hi):  # all tiles that the mask doesn't skip
         q_i = q[:, rows] * scale  # (N, rows, D); scale has log2(e) in it
         o_i = torch.zeros_like(q_i)
@@ -116,7 +116,7 @@ def attention(q, k, v, causal=False, window=None, scale=None):
 def spans(q, k, causal, window):
     """The mask, as the keys [lo, hi) that each query sees: two tensors (T_q,) that never decrease.
     Query i is at position T_k - T_q + i: the last query goes with the last key (torch's is_causal
-    aligns the first ones). A window w [5] leaves the w newest keys if causal, else |i - j| < w."""
+    aligns the first ones). A window w [5] leaves the w newest keys, or |position - j| < w."""
     T_q, T_k = q.size(2), k.size(2)
     p = torch.arange(T_k - T_q, T_k, device=q.device, dtype=torch.int32)  # (T_q,), positions
     lo, hi = torch.zeros_like(p), torch.full_like(p, T_k)
@@ -134,7 +134,7 @@ def hidden_keys(lo, hi, j0, j1):
 
 
 def prepare(q, k, v, window, scale):
-    """q, k and v as they are computed with, and the scale. AssertionError if they don't fit."""
+    """q, k, v of one dtype and number of heads, and the scale. AssertionError if they don't fit."""
     k, v = k.to(q.dtype), v.to(q.dtype)  # under autocast they can differ
     B, H, _, D = q.shape
     if k.size(1) < H:  # query heads share a key head [4]
@@ -142,7 +142,7 @@ def prepare(q, k, v, window, scale):
     assert k.shape == v.shape == (B, H, k.size(2), D), f"q {q.shape}, k {k.shape}, v {v.shape}"
     assert window is None or window >= 1, f"window {window}: want None, or 1 or more"
     scale = D ** -0.5 if scale is None else scale
-    assert isinstance(scale, (int, float)), f"scale {scale}: want a number, which has no gradient"
+    assert isinstance(scale, (int, float)), f"scale {scale}: want a number, as it gets no gradient"
     return q, k, v, scale
 
 
@@ -172,7 +172,7 @@ def gradients_in_tiles(q, k, v, do, lse, delta, lo, hi, scale):
     p, ds = q.new_empty(0), q.new_empty(0)
     for rows, tiles in tile_map(lo, hi):
         q_i, do_i = q[:, rows], do[:, rows]  # (N, rows, D)
-        q_seen = q_i.nan_to_num(0, 0, 0)  # 0 * NaN is NaN; who sees a NaN has it in ds
+        q_seen = q_i.nan_to_num(0, 0, 0)  # a hidden NaN: 0 * NaN is NaN; a seen one is in ds
         lse_i, delta_i = lse[:, rows], delta[:, rows]  # (N, rows, 1)
         for columns, hidden in tiles:
             k_j, v_j = k[:, columns], v[:, columns]  # (N, columns, D)
@@ -191,7 +191,7 @@ def gradients_in_tiles(q, k, v, do, lse, delta, lo, hi, scale):
 
 
 class FlashAttention(torch.autograd.Function):
-    """o (N, T_q, D) and LSE (N, T_q, 1), base 2: with q, k and v all that backward needs."""
+    """o (N, T_q, D) and LSE (N, T_q, 1), base 2: with q, k, v these are all that backward needs."""
 
     @staticmethod
     def forward(q, k, v, lo, hi, scale, backend):
@@ -214,7 +214,7 @@ class FlashAttention(torch.autograd.Function):
             raise RuntimeError("flash_attention has no second derivative: use attention()")
         q, k, v, lo, hi, o, lse = ctx.saved_tensors
         delta = (do.to(lse.dtype) * o).sum(dim=-1, keepdim=True)  # (N, T_q, 1), Alg. 2, line 4
-        delta = delta - dlse * LOG2E  # adds P * dlse to dS
+        delta = delta - dlse * LOG2E  # base 2: dLSE / dS = P log2(e)
         f = gradients_in_tiles if ctx.backend == "torch" else triton_gradients
         grads = f(q, k, v, do.contiguous(), lse, delta, lo, hi, ctx.scale)
         return *grads, None, None, None, None
@@ -247,7 +247,7 @@ def flash_attention(q, k, v, causal=False, window=None, scale=None, backend="aut
 
 
 # ---- The same as Triton kernels. A kernel runs as many programs; program_id says which one it is.
-# Capitals are pointers, most of them to (heads, T, D). tl.constexpr: known when it is compiled.
+# Q, K, ... are pointers, most of them to (heads, T, D). tl.constexpr: known when it is compiled.
 if triton:
     @triton.jit
     def find_rows(first, T, N: tl.constexpr, D: tl.constexpr):
@@ -334,7 +334,7 @@ if triton:
             tl.store(DX2 + rows, dx2)
 
 
-# rows and columns of a tile, warps, tiles loaded ahead: the fastest on an H200
+# rows and columns of a tile, warps, tiles loaded ahead: the fastest of those tried on an H200
 FORWARD_TILE = (64, 64, 4, 3)
 BACKWARD_TILE = (64, 32, 4, 3)
 FP32_TILE = (32, 32, 4, 2)

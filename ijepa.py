@@ -9,8 +9,8 @@ easiest way down would be the same vector everywhere: features would collapse.
 
     python ijepa.py                                        # offline, on shapes that it draws
     python ijepa.py --no-stop_gradient --out out/collapse  # watch std and rankme fall
-    python ijepa.py --data cifar10 --patch_size 4 --dim 192 --depth 6 --predictor_dim 96 \
-        --predictor_depth 4 --targets 4 --batch_size 256 --warmup 500 --ema_start 0.996 --epochs 50
+    python ijepa.py --data cifar10 --patch_size 4 --dim 192 --depth 6 --heads 3 --predictor_dim 96 \
+        --predictor_depth 4 --batch_size 128 --warmup 140 --epochs 4
     python ijepa.py --compare out/ijepa/features.pt,out/resnet/features.pt  # after resnet.py, too
     python vit.py --init out/ijepa/best.pt --lr 1e-3 --layer_decay 0.75     # fine-tune, with labels
 

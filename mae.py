@@ -7,7 +7,7 @@ is thrown away: probes show what the encoder has learned, and vit.py --init trai
 
     python mae.py                                     # offline: shapes that it draws
     python mae.py --data cifar10 --dim 192 --depth 6 --heads 3 --decoder_dim 128 --decoder_depth 2 \
-        --decoder_heads 4 --norm_pix_loss --batch_size 128 --warmup 270 --epochs 7.7
+        --decoder_heads 4 --norm_pix_loss --batch_size 256 --lr 1.5e-3 --warmup 137 --epochs 7.85
     python mae.py --reconstruct mae_visualize_vit_base --picture photo.jpg
 
 What to expect (torch 2.13.0, one core of an AMD EPYC in bfloat16; assets/logs/mae/): python mae.py

@@ -426,7 +426,7 @@ def tsne(x, perplexity=30.0, steps=1000):
 
 def compare(c):
     """--compare: probe features files, an untrained encoder and pixels, and draw t-SNE maps of
-    2,000 test images, 40 s each. A tenth of the training features chooses the probe's rate."""
+    2,000 test images. A tenth of the training features chooses the linear probe's rate."""
     import matplotlib.pyplot as plt  # pip install matplotlib
     device, autocast = choose_device(c.device, c.dtype)
     train, _, test = [[t[:10000].to(device) for t in split] for split in load_images(c)]

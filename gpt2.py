@@ -13,7 +13,7 @@ model appends each token that it samples. To fine-tune it, go on with the same l
 What to expect (torch 2.13.0, one core of an AMD EPYC, fp32, n = 1; logs in assets/logs/gpt2/):
 - python gpt2.py: val loss 1.312 on Python 3.11's library after 118 s of training
 - Shakespeare by bytes, --steps 2000: 1.560 after 128 s. nanoGPT's setting for CPUs ends at 1.902
-Rotary positions [3] and Muon [9] are newer than GPT-2. GPT's own choices ([2] states few) are
+Rotary positions [3] and Muon [9] are newer. Closest to GPT-2, trained as [1] ([2] says little), are
 --pos learned --tokenizer gpt2 --optimizer adamw --weight_decay 0.01 --dropout 0.1 --lr 2.5e-4.
 
 [1] Radford et al. 2018, GPT  [2] Radford et al. 2019, GPT-2  [3] RoFormer, arXiv 2104.09864v5
@@ -222,7 +222,7 @@ def load_safetensors(path):
         if not name.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight", "__metadata__")):
             w = raw[start:][slice(*entry["data_offsets"])].view(np.float32).reshape(entry["shape"])
             w = torch.from_numpy(w.T if name.endswith(CONV1D) else w)
-            state[name.split("transformer.")[-1]] = w  # some files leave it out
+            state[name.split("transformer.")[-1]] = w  # some files lack this prefix
     (V, C), config = state["wte.weight"].shape, path.with_name("config.json")
     shape = dict(vocab_size=V, n_embd=C, n_head=C // 64, block_size=len(state["wpe.weight"]),
                  n_layer=sum(name.endswith("ln_1.weight") for name in state))
@@ -344,7 +344,7 @@ def learning_rate(step, peak, warmup, steps):
 
 # ---- Data: lists of token ids and of labels. Labels are the ids, but -100 for prompts: no loss
 SHAKESPEARE = "https://github.com/karpathy/char-rnn/raw/master/data/tinyshakespeare/input.txt"
-LEARNING_RATES = dict(muon=0.03, adamw=0.008, adam=0.016, lion=0.002, sophia=0.001)  # README.md
+LEARNING_RATES = dict(muon=0.03, adamw=0.008, adam=0.016, lion=0.002, sophia=0.001)  # see README
 CHOICES = dict(tokenizer=("bytes", "gpt2"), pos=("learned", "rope"), optimizer=LEARNING_RATES,
                dtype=("auto", "float32", "bfloat16"))
 TEMPLATE = "### Instruction:\n{}\n\n### Response:\n"
@@ -363,14 +363,14 @@ def load_data(c, tokenizer):
     path, encode, stop = Path(c.data), tokenizer.encode_ordinary, [tokenizer.eot_token]
     ids, labels, files = [], [], [path]
     if path.suffix == ".bin":
-        ids = labels = np.memmap(path, np.uint16, mode="r")  # read from disk as needed
-        assert ids[1:10**6:2].any() and ids[:10**6].max() < tokenizer.n_vocab, f"{path}: not uint16"
+        ids = labels = np.memmap(path, np.uint16, mode="r")  # read as needed
+        assert ids[1:10**6:2].any() and ids[:10**6].max() < tokenizer.n_vocab, f"{path}: wrong ids"
     elif path.suffix.lower() == ".jsonl":
         for line in filter(str.strip, path.read_text(encoding="utf-8-sig").split("\n")):
             row = json.loads(line)
-            prompt = row.get("prompt") or f"{row['instruction']}\n\n{row.get('input', '')}".strip()
+            prompt = row.get("prompt") or f"{row['instruction']}\n\n{row.get('input') or ''}"
             answer = row["response"] if "response" in row else row["output"]
-            prompt, answer = encode(TEMPLATE.format(prompt)), encode(answer) + stop
+            prompt, answer = encode(TEMPLATE.format(prompt.strip())), encode(answer) + stop
             ids += prompt + answer
             labels += [-100] * len(prompt) + answer
     else:
@@ -397,7 +397,7 @@ def get_batch(data, starts, c):
 # ---- Evaluation, samples, training
 @torch.no_grad()
 def evaluate(model, data, c, autocast):
-    """Mean loss, nats per token, over windows that don't overlap: 131,072 tokens or up to twice."""
+    """Mean loss in nats per target, over disjoint windows with 262,144 tokens in all at most."""
     model.eval()
     starts = range(0, len(data[0]) - c.block_size, c.block_size)
     starts = starts[::max(1, len(starts) * c.block_size // 2**17)]
@@ -413,8 +413,8 @@ def evaluate(model, data, c, autocast):
 
 def sample(model, tokenizer, c):
     torch.manual_seed(c.seed)
-    prompt = TEMPLATE.format(c.prompt) if c.instruct else c.prompt
-    idx = torch.tensor([tokenizer.encode_ordinary(prompt)], device=c.device)  # (1, T)
+    ids = tokenizer.encode_ordinary(TEMPLATE.format(c.prompt) if c.instruct else c.prompt)
+    idx = torch.tensor([ids or [tokenizer.eot_token]], device=c.device)  # (1, T)
     idx = model.generate(idx, c.sample_tokens, c.temperature, c.top_k, c.top_p, tokenizer.eot_token)
     return tokenizer.decode(idx[0].tolist(), errors="backslashreplace")
 
@@ -485,7 +485,7 @@ def save(path, state):
 
 
 def training_step(model, optimizers, data, c, step, autocast):
-    """One update; returns this rank's loss. N ranks read what one would with N times grad_accum."""
+    """One update; returns this rank's loss. Two ranks read what one would at twice grad_accum."""
     model.train()
     torch.manual_seed(c.seed * 1_000_003 + step * WORLD + RANK)  # for dropout and Sophia's labels
     rng = np.random.default_rng((c.seed, step))
@@ -494,13 +494,13 @@ def training_step(model, optimizers, data, c, step, autocast):
     if c.optimizer == "sophia" and step % 10 == 0:
         with autocast:
             logits, _ = model(*batches[0])
-        optimizers[0].update_hessian(logits[batches[0][1] >= 0].float())
+        optimizers[0].update_hessian(logits.flatten(0, 1).float())  # of prompts, too
     tokens = sum((y >= 0).sum() for _, y in batches)
     if WORLD > 1:
         torch.distributed.all_reduce(tokens)
     total = 0.0
     for x, y in batches:
-        with autocast:  # sum of losses / targets of all ranks; times WORLD undoes DDP's averaging
+        with autocast:  # weighted by its share of the step's targets; DDP divides by WORLD
             loss = model(x, y)[1] * ((y >= 0).sum() / tokens.clamp(min=1) * WORLD)
         loss.backward()
         total += loss.item()

@@ -11,7 +11,7 @@ easiest way down would be the same vector everywhere: features would collapse.
     python ijepa.py --no-stop_gradient --out out/collapse  # watch std and rankme fall
     python ijepa.py --data cifar10 --patch_size 4 --dim 192 --depth 6 --heads 3 --predictor_dim 96 \
         --predictor_depth 4 --batch_size 128 --warmup 140 --epochs 4
-    python ijepa.py --compare out/ijepa/features.pt,out/resnet/features.pt  # after resnet.py, too
+    python ijepa.py --compare out/ijepa/features.pt,out/resnet/features.pt  # run resnet.py first
     python vit.py --init out/ijepa/best.pt --lr 1e-3 --layer_decay 0.75     # fine-tune, with labels
 
 What to expect (torch 2.13.0, one core of an AMD EPYC in bfloat16; assets/logs/ijepa/): by default a
@@ -55,8 +55,8 @@ class IJEPA(nn.Module):
         for name, w in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(w)
-            elif w.dim() in (2, 4):  # with [1]'s std of .02 patches are tiny beside positions,
-                nn.init.xavier_uniform_(w.data.flatten(1))  # which are easy to predict
+            elif w.dim() in (2, 4):  # at [1]'s std of .02 patches are tiny beside positions,
+                nn.init.xavier_uniform_(w.data.flatten(1))  # and those are easy to predict
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
         self.stop_gradient = stop_gradient
 
@@ -67,7 +67,7 @@ class IJEPA(nn.Module):
         for ids in target_ids:  # a block at a time: none sees the others' places
             pred = self.predictor(context, context_ids, ids)  # (B, M, C)
             target = targets.take_along_dim(ids[:, :, None], dim=1)
-            losses.append(F.smooth_l1_loss(pred, target))  # [1] 3 says L2, its code this
+            losses.append(F.smooth_l1_loss(pred, target))  # L2 in [1] 3, this in its code
         return sum(losses) / len(losses)
 
     def make_targets(self, images):
@@ -83,7 +83,7 @@ class Encoder(nn.Module):
 
     def __init__(self, image_size, patch_size, dim, depth, heads):
         super().__init__()
-        assert image_size % patch_size == dim % heads == 0, "patches or heads don't divide"
+        assert image_size % patch_size == 0, f"{image_size} pixels, patches of {patch_size}"
         self.grid = image_size // patch_size
         self.patch_embed = nn.Sequential(OrderedDict(  # cut into patches, project each
             proj=nn.Conv2d(3, dim, patch_size, stride=patch_size)))
@@ -153,6 +153,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, dim, heads):
         super().__init__()
+        assert dim % heads == 0, f"{heads} heads don't divide {dim} channels"
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim)  # q, k and v in one product
         self.proj = nn.Linear(dim, dim)
@@ -204,7 +205,7 @@ def sample_masks(batch, grid, generator, targets=4, target_scale=(0.15, 0.2),
     ratio = uniform(*aspect)
     target = torch.zeros(batch, targets, N, dtype=torch.bool)
     context = torch.zeros(batch, N)
-    for _ in range(11):  # once for all, then ten times for those with too little left
+    for _ in range(11):  # at first all are short, then those with too little left
         short = context.sum(dim=1) < N / 4  # (B,)
         target[short] = place(batch * targets, area, ratio).view(batch, targets, N)[short]
         context = square & ~target.any(dim=1)  # (B, N)
@@ -318,7 +319,7 @@ def knn_accuracy(train_z, train_y, test_z, test_y, k=20, temperature=0.07):
     (N, C). At cosine s a vote weighs exp(s / temperature) (arXiv 1805.01978v1 3.4)."""
     s = F.normalize(test_z, dim=1) @ F.normalize(train_z, dim=1).mT  # (M, N)
     s, nearest = s.topk(min(k, len(train_z)))  # (M, k), the largest first
-    weights = ((s - s[:, :1]) / temperature).exp()  # exp(1 / .01) alone would overflow
+    weights = ((s - s[:, :1]) / temperature).exp()  # s - max: exp can't overflow
     votes = F.one_hot(train_y)[nearest] * weights[:, :, None]  # (M, k, classes)
     return (votes.sum(dim=1).argmax(dim=1) == test_y).float().mean().item()
 
@@ -338,21 +339,21 @@ def linear_probe(train_z, train_y, val_z, val_y, test_z, test_y, steps=1000,
     for _ in range(steps):
         index = torch.randint(len(train_z), (256,), generator=generator)
         logits = classifiers(train_z[index]).split(10, dim=1)  # for each rate (256, classes)
-        loss = sum(rate * F.cross_entropy(x, train_y[index])  # at lr 1: a rate for each
+        loss = sum(rate * F.cross_entropy(x, train_y[index])  # lr is 1: rate acts as its lr
                    for rate, x in zip(rates, logits, strict=True))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
     val_right, test_right = (
-        classifiers(z).unflatten(1, (-1, 10)).argmax(dim=2) == y[:, None]  # (M, R)
+        classifiers(z).unflatten(1, (-1, 10)).argmax(dim=2) == y[:, None]  # (M, rates)
         for z, y in ((val_z, val_y), (test_z, test_y)))
     best = val_right.sum(dim=0).argmax()
     return test_right[:, best].float().mean().item()
 
 
 def test_encoders(c, encoders, splits, autocast, **row):
-    """Score encoders, functions of images (B, 3, H, W), on the test set. Names are suffixes."""
+    """Test encoders: {suffix of the columns in the log: function of images (B, 3, H, W)}."""
     for name, encoder in encoders.items():
         train, val, test = (extract(encoder, split, autocast) for split in splits)
         row["knn" + name] = knn_accuracy(*train, *test)
@@ -375,17 +376,16 @@ def rankme(z):
 def evaluate(c, model, train_split, val, autocast):
     """A falling loss alone is no progress: targets may have become alike. over_mean is the loss
     over that of predicting each place's mean target: at 1 only the place is known. In a collapse
-    the std of z / |z|, times sqrt(C) [4], falls towards 0, and rankme towards 1."""
+    the std of features of length sqrt(C) [4] falls towards 0, and rankme towards 1."""
     x, context_ids, target_ids = jepa_batch(dataclasses.replace(c, batch_size=1000), val[0], 0)
     with torch.no_grad(), autocast:
         loss = model(x, context_ids, target_ids)
-        z = model.make_targets(x)  # (B, N, C)
+        targets = model.make_targets(x)  # (B, N, C)
     ids = torch.cat(target_ids, dim=1)
-    error = (z - z.mean(dim=0)).take_along_dim(ids[:, :, None], dim=1)
+    error = (targets - targets.mean(dim=0)).take_along_dim(ids[:, :, None], dim=1)
     of_mean = F.smooth_l1_loss(error, torch.zeros_like(error))
     few = [t[:4000] for t in train_split]
-    features = model.target_encoder.features
-    train, val = (extract(features, split, autocast) for split in (few, val))  # not images now
+    train, val = (extract(model.target_encoder.features, split, autocast) for split in (few, val))
     std = F.normalize(val[0]).std(dim=0).mean() * c.dim**0.5
     return dict(
         val_loss=loss.item(), over_mean=(loss / of_mean).item(), std=std.item(),
@@ -544,19 +544,17 @@ def save(path, state):
 def train(c):
     """Pre-train as c says, keep the weights with the best kNN, and test those."""
     device, autocast = choose_device(c.device, c.dtype)
-    loaded = load_images(dataclasses.replace(c, val=c.val or 5000))  # probes always need some
+    loaded = load_images(dataclasses.replace(c, val=c.val or 5000))  # for the probes
     splits = train_split, val, _ = [[t.to(device) for t in split] for split in loaded]
     images = train_split[0] if c.val else torch.cat((train_split[0], val[0]))
     torch.manual_seed(c.seed)
     fresh = IJEPA(32, *[getattr(c, name) for name in SHAPE]).to(device)
-    raw = copy.deepcopy(fresh)  # trained, and not compiled; fresh stays as it began
+    raw = copy.deepcopy(fresh)  # is trained; fresh stays as it is, to compare with
     if c.init:
         raw.load_state_dict(torch.load(c.init, device, weights_only=True)["model"])
     optimizer = torch.optim.AdamW([  # biases and norms don't decay; the frozen get no gradient
         dict(params=[p for p in raw.parameters() if p.dim() > 1], weight_decay=c.weight_decay),
         dict(params=[p for p in raw.parameters() if p.dim() == 1], weight_decay=0.0)], fused=True)
-    slow_weights = list(raw.target_encoder.parameters())
-    weights = list(raw.encoder.parameters())
     steps = math.ceil(c.epochs * max(1, len(images) // c.batch_size))
     out = Path(c.out)
     step, best, seconds = 0, -1.0, 0.0
@@ -566,10 +564,11 @@ def train(c):
         raw.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         step, best, seconds = saved["step"], saved["best"], saved["seconds"]
-    assert step < steps, f"--epochs {c.epochs} means {steps} steps, but the run is at step {step}"
+    assert step <= steps, f"--epochs {c.epochs} means {steps} steps, but the run is at step {step}"
     start_log(c, step)
     if step == 0:
-        (out / "best.pt").unlink(missing_ok=True)  # an older run's
+        for name in ("best.pt", "ckpt.pt"):  # an older run's
+            (out / name).unlink(missing_ok=True)
     print(f"{sum(p.numel() for p in raw.parameters()):,} parameters, {steps} steps on {device}")
     model = torch.compile(raw) if c.compile else raw
     while step < steps:
@@ -584,7 +583,8 @@ def train(c):
         optimizer.zero_grad()
         momentum = c.ema_start + (1 - c.ema_start) * step / steps
         with torch.no_grad():
-            for slow, w in zip(slow_weights, weights, strict=True):
+            pairs = zip(raw.target_encoder.parameters(), raw.encoder.parameters(), strict=True)
+            for slow, w in pairs:
                 slow.lerp_(w, 1 - momentum)  # slow <- momentum slow + (1 - momentum) w
         loss = loss.item()
         duration = time.perf_counter() - started
@@ -605,7 +605,7 @@ def train(c):
                          seconds=seconds)
             if improved and c.val:
                 save(out / "best.pt", state)
-            save(out / "ckpt.pt", state)  # after best.pt: its `best` is never ahead of that file
+            save(out / "ckpt.pt", state)  # last: if a run dies in between, best.pt is new enough
     if c.val:
         raw.load_state_dict(torch.load(out / "best.pt", device, weights_only=True)["model"])
     encoders = {"": raw.target_encoder.features, "_random_init": fresh.encoder.features,

@@ -17,7 +17,7 @@ forward and backward passes. "train" trains a network with those alone, without 
     python puzzles.py train         on drawn shapes; --mine: by your lines, where they are right
 
 A line may use arange(n), where(condition, a, b), + - * / // % ** @, comparisons, & | ~, indexing,
-.shape and the puzzles before it, which are ours there; from rowsum (37) on also exp, log, erf, pi,
+.shape and the puzzles before it, in our version; from rowsum (37) on also exp, log, erf, pi,
 .mT (transposed) and rowmax (the largest of each row, as a column).
 
 What to expect (one core of an AMD EPYC, torch 2.13.0, seed 0): train takes 16 s and ends with a
@@ -66,8 +66,8 @@ class Puzzle:
         SCOPE[self.name] = self.solve
 
     def function(self, line, names=None):
-        """The line as a function of the parameters. It finds these names; without any it finds what
-        stands before this puzzle, and none of Python's own functions."""
+        """The line as a function of the parameters. It knows these names: by default
+        the puzzles before this one, and none of Python's own functions."""
         names = names or {"__builtins__": {}, **self.scope}
         return eval(f"lambda {', '.join(self.params)}: ({line}\n)", names)
 
@@ -142,7 +142,7 @@ bincount = puzzle("bincount(a[i]<j, j) -> [j]", "How often each of 0 ... j - 1 i
     spec="[a.count(k) for k in range(j)]",
     hints=["Each number as a row with a 1 at its place: eye(j)[a].", "Then add the rows up."],
     solution="ones(a.shape[0]) @ eye(j)[a]")
-scatter_add = puzzle("scatter_add(values[i], link[i]<j, j) -> [j]", "values added to places link.",
+scatter_add = puzzle("scatter_add(values[i], link[i]<j, j) -> [j]", "values[k] added at link[k].",
     spec="[sum(x for x, place in zip(values, link) if place == k) for k in range(j)]",
     hints=["bincount adds ones, this adds values.", "values @ a matrix."],
     solution="values @ eye(j)[link]")
@@ -170,7 +170,7 @@ bucketize = puzzle("bucketize(v[i], boundaries[j]:sorted) -> [i]", "How many bou
 # ---- two: indexing as transformers need it; from here on specs are in torch ---------------------
 
 causal_mask = puzzle("causal_mask(i, j) -> [i, j]",
-    "True where query r may see key c: none after its own place, the last of both being level.",
+    "True where query r may see key c: none after it. The last query is level with the last key.",
     spec="torch.ones(i, j).tril(j - i).bool()",
     hints=["Keys in a row against queries in a column.", "Query i - 1 sees up to key j - 1."],
     solution="arange(j) <= arange(i)[:, None] + j - i")
@@ -213,7 +213,7 @@ merge_heads = puzzle("merge_heads(x[B,H,T,D], H, D) -> [B, T, H * D]", "split_he
     spec="x.transpose(1, 2).flatten(2)",
     hints=["Column c is column c % D of head c // D.", "Three tensors broadcast to (T, H * D)."],
     solution="x[:, arange(H * D) // D, arange(x.shape[2])[:, None], arange(H * D) % D]")
-expand_kv = puzzle("expand_kv(k[G,T,D], H=G*n) -> [H, T, D]", "G key heads repeated in place to H.",
+expand_kv = puzzle("expand_kv(k[G,T,D], H=G*n) -> [H, T, D]", "Each key head H // G times.",
     spec="k.repeat_interleave(H // k.shape[0], 0)",
     hints=["H // G query heads share a key head.", "So head h uses key head h // (H // G)."],
     solution="k[arange(H) // (H // k.shape[0])]")
@@ -237,9 +237,9 @@ rope = puzzle("rope(x[T,2*h], cos[T,h]:twice, sin[T,h]:twice, D=2*h) -> [T, D]",
     solution="x * cos + rotate_half(x, D) * sin")
 
 # ---- three: backward by hand --------------------------------------------------------------------
-# d is the gradient of the loss with respect to y, the forward pass's output. The answer is that of
-# each input named, in its shape. Rows are samples. All is float64, but ones(n) is int64, and @
-# doesn't mix them. In the hints [c = k] is 1 if c is k, else 0.
+# d is the gradient of the loss with respect to y, the forward pass's output. The answer is the
+# gradient of each input that is named, in its shape. Rows are samples. All is float64, but ones(n)
+# is int64, and @ doesn't mix them. In the hints [c = k] is 1 if c is k, else 0.
 
 SCOPE |= {"exp": torch.exp, "log": torch.log, "erf": torch.erf, "pi": math.pi}
 SCOPE |= {"rowmax": lambda x: x.amax(-1, keepdim=True)}
@@ -624,7 +624,8 @@ def check(answers):
         if not fault:
             right.append(name)
     todo = [name for name in PUZZLES if name not in right]
-    print(f"{len(right)} of {len(answers)} right; next: {todo[0] if todo else 'train --mine'}")
+    if len(answers) > 1:
+        print(f"{len(right)} of {len(answers)} right; next: {todo[0] if todo else 'train --mine'}")
     if len(right) < len(answers):
         sys.exit(1)
 
@@ -713,8 +714,6 @@ def stop_if_infinite(loss, step):
 
 @torch.no_grad()
 def train(c):
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        sys.exit("train runs in one process: start it with python, not torchrun")
     torch.set_num_threads(1)  # for layers this small two are hardly faster, and wait on busy cores
     if c.mine:
         use_mine()

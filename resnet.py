@@ -49,9 +49,9 @@ from torch import nn
 
 
 class ResNet(nn.Sequential):
-    """images (B, 3, H, W) -> logits (B, num_classes). stages: (block, width, depth, stride) each.
-    Names are torchvision's. stem, to C channels: imagenet (7x7, stride 2, max-pool), cifar (3x3),
-    preact (norm and ReLU come last instead) or convnext (no ReLU; a norm comes last too)."""
+    """images (B, 3, H, W) -> logits (B, num_classes), by layers in the order in which they are set.
+    stages: (block, width, depth, stride) each. Names are torchvision's. stem, to C channels:
+    imagenet (7x7, pool), cifar (3x3), preact (norm, ReLU come last), convnext (norm comes last)."""
 
     def __init__(self, stages, num_classes=10, stem="cifar", C=16, shortcut="B", norm="batch"):
         super().__init__()
@@ -108,7 +108,7 @@ NORMS = dict(batch=nn.BatchNorm2d, layer=partial(LayerNorm2d, eps=1e-6), none=nn
 
 
 def make_shortcut(kind, C_in, C, stride, make_norm):
-    """x where it fits the output, else by kind: A or B ([1] 3.3), conv, convnext, none, plain."""
+    """x if it fits the output, else by kind: A, B ([1] 3.3), conv, convnext, none. plain: never."""
     fits = stride == 1 and C_in == C
     if kind == "plain" or (kind == "none" and not fits):
         return lambda x: 0.0
@@ -117,7 +117,7 @@ def make_shortcut(kind, C_in, C, stride, make_norm):
     if kind == "A":  # every stride-th pixel; channels of zeros before and behind
         new = (C - C_in) // 2
         return nn.Sequential(nn.AvgPool2d(1, stride), nn.ZeroPad3d((0, 0, 0, 0, new, new)))
-    if kind == "convnext":  # in the trunk, not beside it [7]
+    if kind == "convnext":  # the block, too, reads what this makes of x [7]
         return nn.Sequential(make_norm(C_in), nn.Conv2d(C_in, C, stride, stride))
     projection = nn.Sequential(conv(C_in, C, 1, stride))
     if kind == "B":  # else "conv"
@@ -297,7 +297,7 @@ class FastNet(nn.Module):
 
 class FilterMuon(torch.optim.SGD):
     """SGD that turns the gradients of its first group, filters before a norm, into Muon's updates.
-    The norm undoes a filter's length, which only scales how far a step turns it: it's kept at 1."""
+    The norm undoes a filter's length, which only scales how far a step turns it; so it's reset."""
 
     @torch.no_grad()
     def step(self):
@@ -344,7 +344,7 @@ def learning_rate(step, peak, warmup, steps):
     return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-# ---- Names, and weights from files. OFFICIAL: of torchvision, with their SHA-256's first digits
+# ---- Names, and weights from files. OFFICIAL: torchvision's, and how each file's SHA-256 starts
 
 OFFICIAL = dict(resnet18="f37072fd", resnet34="b627a593", resnet50="11ad3fa6", resnet101="cd907fc2",
                 resnet152="f82ba261", resnext50_32x4d="1a0047aa", wide_resnet50_2="9ba9bcbe")
@@ -362,15 +362,15 @@ def load_weights(path):
         saved = torch.load(path, map_location="cpu", weights_only=True)
     weights = saved
     for name in ("model", "state_dict", "encoder", "target_encoder", "ema"):
-        weights = saved.get(name, weights)
+        weights = saved.get(name, weights)  # the last one found wins
     for wrapper in ("module.", "_orig_mod.", "backbone."):
         weights = {name.replace(wrapper, ""): w for name, w in weights.items()}
     return weights, saved.get("config", {})
 
 
 def from_pretrained(name_or_path, num_classes=None, data_dir="data", arch="resnet20"):
-    """torchvision's resnet18, ..., or the network in a file: of arch if the file doesn't say which.
-    If num_classes aren't those of the file, or it has none, the last layer is a fresh one."""
+    """torchvision's resnet18, ..., or the network in a file, of this arch unless it names its own.
+    If the file has other than num_classes, or no last layer, that layer is a fresh one."""
     if name_or_path in OFFICIAL:
         url = f"https://download.pytorch.org/models/{name_or_path}-{OFFICIAL[name_or_path]}.pth"
         weights = torch.hub.load_state_dict_from_url(
@@ -608,10 +608,11 @@ def train(c):
         raw.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         step, best, seconds = saved["step"], saved["best"], saved["seconds"]
-    assert step < steps, f"--epochs {c.epochs} means {steps} steps, but the run is at step {step}"
+    assert step <= steps, f"--epochs {c.epochs} means {steps} steps, but the run is at step {step}"
     start_log(c, step)
     if step == 0:
-        (out / "best.pt").unlink(missing_ok=True)  # an older run's
+        for name in ("best.pt", "ckpt.pt"):  # an older run's
+            (out / name).unlink(missing_ok=True)
     print(f"{sum(p.numel() for p in raw.parameters()):,} parameters, {steps} steps on {device}")
     model = torch.compile(raw) if c.compile else raw
     while step < steps:
@@ -647,7 +648,7 @@ def train(c):
                          step=step, best=best, seconds=seconds)
             if improved:
                 save(out / "best.pt", state)
-            save(out / "ckpt.pt", state)  # after best.pt: its `best` is never ahead of that file
+            save(out / "ckpt.pt", state)  # last: if a run dies in between, best.pt is new enough
     if c.val:
         raw.load_state_dict(torch.load(out / "best.pt", device, weights_only=True)["model"])
     finish(c, raw, splits, autocast, step=step, seconds=seconds)

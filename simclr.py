@@ -1,7 +1,7 @@
 r"""SimCLR, MoCo and VICReg: learn from images without labels, from two distorted views of each.
 
-An encoder and a head turn a view into a vector, and both views of an image should get the same.
-Giving every image the same would do: a collapse. The methods differ in what prevents it. In SimCLR
+An encoder and a head turn a view into a vector, and an image's two vectors should be equal. One
+vector for all images would do: a collapse. The methods differ in what prevents it. In SimCLR
 [1] a view has to find its partner among all views of the batch, in MoCo [2, 3] among vectors of
 earlier batches, made by a slow copy of the network. VICReg [4] has no negatives: each dimension
 has to vary, and no two together. Then the head is thrown away: the features are what was learned.
@@ -13,10 +13,10 @@ has to vary, and no two together. Then the head is thrown away: the features are
 
 What to expect (torch 2.13.0, one core of an AMD EPYC in bfloat16; assets/logs/simclr/):
 - python simclr.py: kNN 73.4% on test images of shapes (random init 23.2%, pixels 36.5%), 5 passes
-- the third command, by an earlier version: 61.9% on a JPEG copy of CIFAR-10, which costs 3 points
+- the third, by an earlier version: 61.9% on a copy of CIFAR-10 as JPEG, three points below the real
 
-Differs from the papers: the same views for all, on CIFAR-10 crops of a fifth of the image or more
-([1, 4]: .08) and no blur; a small ResNet-18; AdamW; MoCo's gradient is from one view, as in [2].
+Differs from the papers: all methods get the same views, without blur, and on CIFAR-10 crops of a
+fifth of the image or more ([1, 4]: .08); a small ResNet-18; AdamW.
 
 [1] SimCLR, arXiv 2002.05709v3  [2] MoCo, 1911.05722v3  [3] MoCo v2, 2003.04297v1
 [4] VICReg, 2105.04906v3  [5] ResNet, 1512.03385v1
@@ -68,7 +68,7 @@ def moco_loss(q, k, queue, temperature):
 
 def vicreg_loss(z1, z2, invariance=25.0, variance=25.0, covariance=1.0):
     """VICReg's, of vectors z1, z2 (N, D): views are near, each dimension's standard deviation is 1
-    or more, no two dimensions covary ([4] eq. 6). As in the authors' code, which the weights suit,
+    or more, no two dimensions covary ([4] eq. 6). As in the authors' code, whose weights these are,
     distances are averaged over D (eq. 5: summed), and hinges over the two views (eq. 6: summed)."""
     with torch.autocast(z1.device.type, enabled=False):
         z1, z2 = at_least_fp32(z1), at_least_fp32(z2)
@@ -214,8 +214,8 @@ def draw_views(c, images, step):
 
 
 def random_crop(x, rng, least):
-    """Cut a box out of each image, resize it to S x S, mirror half of them. It has least to 1 of
-    the area, width / height is 3/4 to 4/3: of ten draws the first that fits, as in torchvision."""
+    """Cut a box out of each image, resize it to S x S, mirror half of them. A box has least to 1
+    of the area, width / height 3/4 to 4/3: of ten draws the first that fits, as in torchvision."""
     n, _, S, _ = x.shape
     area = S**2 * rng.uniform(least, 1, (10, n))
     aspect = (4 / 3) ** rng.uniform(-1, 1, (10, n))
@@ -352,7 +352,7 @@ def knn_accuracy(train_z, train_y, test_z, test_y, k=20, temperature=0.07):
     (N, C). At cosine s a vote weighs exp(s / temperature) (arXiv 1805.01978v1 3.4)."""
     s = F.normalize(test_z, dim=1) @ F.normalize(train_z, dim=1).mT  # (M, N)
     s, nearest = s.topk(min(k, len(train_z)))  # (M, k), the largest first
-    weights = ((s - s[:, :1]) / temperature).exp()  # exp(1 / .01) alone would overflow
+    weights = ((s - s[:, :1]) / temperature).exp()  # s - max: exp can't overflow
     votes = F.one_hot(train_y)[nearest] * weights[:, :, None]  # (M, k, classes)
     return (votes.sum(dim=1).argmax(dim=1) == test_y).float().mean().item()
 
@@ -372,21 +372,21 @@ def linear_probe(train_z, train_y, val_z, val_y, test_z, test_y, steps=1000,
     for _ in range(steps):
         index = torch.randint(len(train_z), (256,), generator=generator)
         logits = classifiers(train_z[index]).split(10, dim=1)  # for each rate (256, classes)
-        loss = sum(rate * F.cross_entropy(x, train_y[index])  # at lr 1: a rate for each
+        loss = sum(rate * F.cross_entropy(x, train_y[index])  # lr is 1: rate acts as its lr
                    for rate, x in zip(rates, logits, strict=True))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
     val_right, test_right = (
-        classifiers(z).unflatten(1, (-1, 10)).argmax(dim=2) == y[:, None]  # (M, R)
+        classifiers(z).unflatten(1, (-1, 10)).argmax(dim=2) == y[:, None]  # (M, rates)
         for z, y in ((val_z, val_y), (test_z, test_y)))
     best = val_right.sum(dim=0).argmax()
     return test_right[:, best].float().mean().item()
 
 
 def test_encoders(c, encoders, splits, autocast, **row):
-    """Score encoders, functions of images (B, 3, H, W), on the test set. Names are suffixes."""
+    """Test encoders: {suffix of the columns in the log: function of images (B, 3, H, W)}."""
     for name, encoder in encoders.items():
         train, val, test = (extract(encoder, split, autocast) for split in splits)
         row["knn" + name] = knn_accuracy(*train, *test)
@@ -400,7 +400,7 @@ def test_encoders(c, encoders, splits, autocast, **row):
 
 def evaluate(c, model, train_split, val, autocast):
     """The loss of a batch of validation images, and what probes make of the encoder's features."""
-    model = copy.deepcopy(model).eval()  # its loss moves MoCo's keys and queue
+    model = copy.deepcopy(model).eval()  # forward moves MoCo's key network and queue
     with torch.no_grad(), autocast:
         loss = model(*draw_views(c, val[0], step=0))
     few = [t[:4000] for t in train_split]
@@ -428,7 +428,7 @@ DEFAULTS = dict(  # by loss and by data
     simclr=dict(lr=4e-3, temperature=0.2, head_dim=128),
     moco=dict(lr=2e-3, temperature=0.1, head_dim=128),
     vicreg=dict(lr=2e-3, head_dim=512),  # [4]: 8192
-    cifar10=dict(crop_min=0.2, jitter=0.5, grey=0.2))  # [1] B.9
+    cifar10=dict(crop_min=0.2, jitter=0.5, grey=0.2))  # jitter: [1] B.9
 
 
 @dataclasses.dataclass
@@ -500,7 +500,7 @@ def save(path, state):
 def train(c):
     """Train as c says, keep the weights with the best kNN on validation images, and test them."""
     device, autocast = choose_device(c.device, c.dtype)
-    splits = load_images(dataclasses.replace(c, val=c.val or 5000))  # the probe always wants some
+    splits = load_images(dataclasses.replace(c, val=c.val or 5000))  # for the probes
     train_split, val, _ = splits = [[t.to(device) for t in split] for split in splits]
     images = train_split[0] if c.val else torch.cat((train_split[0], val[0]))
     torch.manual_seed(c.seed)
@@ -525,11 +525,12 @@ def train(c):
         raw.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         step, best, seconds = saved["step"], saved["best"], saved["seconds"]
-    if step >= steps:
+    if step > steps:
         sys.exit(f"--epochs {c.epochs} means {steps} steps, but the run is at step {step}")
     start_log(c, step)
     if step == 0:
-        (out / "best.pt").unlink(missing_ok=True)  # an older run's
+        for name in ("best.pt", "ckpt.pt"):  # an older run's
+            (out / name).unlink(missing_ok=True)
     model = torch.compile(raw) if c.compile else raw
     while step < steps:
         started = time.perf_counter()
@@ -559,7 +560,7 @@ def train(c):
                          optimizer=optimizer.state_dict(), step=step, best=best, seconds=seconds)
             if improved and c.val:
                 save(out / "best.pt", state)
-            save(out / "ckpt.pt", state)  # after best.pt: its `best` is never ahead of that file
+            save(out / "ckpt.pt", state)  # last: if a run dies in between, best.pt is new enough
     if c.val:
         raw.load_state_dict(torch.load(out / "best.pt", device, weights_only=True)["model"])
     encoders = {"": encoder.eval(), "_random_init": fresh, "_pixels": nn.Flatten()}

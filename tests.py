@@ -165,7 +165,8 @@ class Case(unittest.TestCase):
         with mock.patch.object(module, batch, interrupted):
             self.assertRaises(KeyboardInterrupt, run, script, "--out", parts, *flags)
         self.assertNotIn("final", rows(parts)[-1])
-        run(script, "--out", parts, "--resume", *flags)
+        for _ in range(1 if script == "gpt2" else 2):  # the second time it only tests again
+            run(script, "--out", parts, "--resume", *flags)
         a, b = load(whole / "ckpt.pt"), load(parts / "ckpt.pt")
         for key in ("model", "optimizer", "step", "best"):
             self.same(a[key], b[key], key)
@@ -253,19 +254,18 @@ class TestHouse(Case):
                 self.assertIn(f"--{field.name}", done.stdout)
 
     def test_default_run(self):
-        """A few steps with otherwise default flags leave the contract's files in --out alone. What
-        has ended isn't resumed, and a loss that isn't finite ends a run."""
+        """A few steps with otherwise default flags leave the contract's files in --out alone, and a
+        loss that isn't finite ends a run."""
         for script in SCRIPTS:
             flags = [*TRAIN.get(script, []), *SHORT[script], "--log_every", 1]
             with self.subTest(script=script), folder(self.dir):
                 run(script, *flags)
                 self.assertEqual([p.name for p in self.dir.iterdir()], ["out"])
                 self.check_run(script, Path("out") / script)
-                if script in ("gpt2", "resnet", "mae", "simclr", "ijepa"):
+                if script == "gpt2":  # others test again, in case that they were stopped in it
                     self.assertIn("the run is at step", refused(script, *flags, "--resume"))
                 says = refused(script, *flags, "--lr", 1e30, "--eval_every", 9)
                 self.assertRegex(says, r"loss is (nan|inf) at step \d")
-                shutil.rmtree("out")
 
     def check_run(self, script, out):
         config, log = json.loads((out / "config.json").read_text()), rows(out)

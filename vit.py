@@ -42,7 +42,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# Shapes: B batch, N tokens, C channels, H heads, D = C / H, P patch side; images are (B, 3, H, W)
+# Shapes: B batch, N tokens, C channels, H heads (images: height), D = C / H, P patch side, W width
 
 
 class ViT(nn.Module):
@@ -116,7 +116,8 @@ class ViT(nn.Module):
         heads = heads or config.get("heads") or (16 if dim == 1280 else dim // 64)  # ViT-H: 16
         sizes = dict(image_size=patch_size * n, patch_size=patch_size, dim=dim, heads=heads,
                      depth=sum("norm1.weight" in name for name in w), conv_stem=conv_stem,
-                     num_classes=classes or 10, pool="cls" if before else "mean")
+                     num_classes=classes or 10, pool="cls" if before else "mean",
+                     pos=config.get("pos", "learned"))
         model = cls(**sizes | changes)
         square = table[:, before:].float().unflatten(1, (n, n)).permute(0, 3, 1, 2)  # (1, C, n, n)
         square = F.interpolate(square, (model.grid, model.grid), mode="bicubic")  # [1] 3.2
@@ -144,6 +145,7 @@ class ConvStem(nn.Module):
 
     def __init__(self, patch_size, dim):
         super().__init__()
+        assert patch_size & (patch_size - 1) == 0, f"patch_size {patch_size} isn't a power of 2"
         self.proj, C = nn.Sequential(), 3
         while patch_size > 1:
             width = dim // patch_size  # doubles up to dim / 2
@@ -181,7 +183,7 @@ class Block(nn.Module):
             fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
         self.drop_path = nn.Dropout2d(drop_path)  # stochastic depth (arXiv 1603.09382v3)
 
-    def forward(self, x):  # [None]: to drop whole images, as if they were one's channels
+    def forward(self, x):  # [None]: Dropout2d drops channels; so B takes their place
         x = x + self.drop_path(self.attn(self.norm1(x))[None])[0]
         return x + self.drop_path(self.mlp(self.norm2(x))[None])[0]
 
@@ -222,15 +224,15 @@ def load_weights(path):
         saved = torch.load(path, map_location="cpu", weights_only=True)
     weights = saved
     for name in ("model", "state_dict", "encoder", "target_encoder", "ema"):
-        weights = saved.get(name, weights)
+        weights = saved.get(name, weights)  # the last one found wins
     for wrapper in ("module.", "_orig_mod.", "backbone."):
         weights = {name.replace(wrapper, ""): w for name, w in weights.items()}
     return weights, saved.get("config", {})
 
 
-def objective(logits, targets, hints=None, T=2.0, label_smoothing=0.1):
-    """Cross-entropy of logits (B, classes) with targets (B, classes). Hints, a teacher's targets at
-    temperature T, are half of it, times T^2, by which gradients shrink ([8] 2)."""
+def objective(logits, targets, hints=None, T=1.0, label_smoothing=0.1):
+    """Cross-entropy of logits (B, classes) with targets (B, classes). Half of it is with hints, a
+    teacher's softmax at temperature T, if given; times T^2, since gradients shrink so ([8] 2)."""
     loss = F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
     if hints is None:
         return loss
@@ -239,7 +241,7 @@ def objective(logits, targets, hints=None, T=2.0, label_smoothing=0.1):
 
 def adamw(model, c):
     """AdamW. A layer's rate is that of the next one times layer_decay [9]."""
-    last, groups = len(model.blocks) + 1, {}  # norm and head; patches and positions are 0
+    last, groups = len(model.blocks) + 1, {}  # of norm and head; patches and positions are layer 0
     for name, p in model.named_parameters():
         layer = last if name.startswith(("norm.", "head.")) else 0
         if name.startswith("blocks."):
@@ -597,16 +599,17 @@ def train(c):
         step, best, seconds = saved["step"], saved["best"], saved["seconds"]
     start_log(c, step)
     if step == 0:
-        (out / "best.pt").unlink(missing_ok=True)  # an older run's
+        for name in ("best.pt", "ckpt.pt"):  # an older run's
+            (out / name).unlink(missing_ok=True)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {steps} steps on {device}")
     compiled = torch.compile(model) if c.compile else model
-    weights = averaged.state_dict()
+    weights = averaged.state_dict()  # shares memory with averaged
     while step < steps:
         started = time.perf_counter()
         x, *targets = draw_batch(c, *train_split, teacher, step)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, group["peak"], c.warmup, steps)
-        model.train()
+        model.train(not c.freeze)  # a frozen stem's batch norm keeps its statistics
         with autocast:
             logits = compiled(normalise(x, model.stats, c.image_size)).float()  # (B, classes)
         loss = objective(logits, *targets, T=c.temperature, label_smoothing=c.label_smoothing)
@@ -639,7 +642,7 @@ def train(c):
                          config=vars(c), step=step, best=best, seconds=seconds)
             if improved:
                 save(out / "best.pt", state)
-            save(out / "ckpt.pt", state)  # after best.pt: its `best` is never ahead of that file
+            save(out / "ckpt.pt", state)  # last: if a run dies in between, best.pt is new enough
     test_once(c, averaged, train_split, test, autocast, step=step, seconds=seconds)
 
 

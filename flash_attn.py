@@ -251,7 +251,7 @@ def flash_attention(q, k, v, causal=False, window=None, scale=None, backend="aut
 if triton:
     @triton.jit
     def find_rows(first, T, N: tl.constexpr, D: tl.constexpr):
-        """N rows: indices (N,), places in (heads, T) and (N, D) in (heads, T, D). Past T, the last."""
+        """N rows: indices, places in (heads, T), and (N, D) in (heads, T, D). Past T, the last."""
         i = tl.minimum(first + tl.arange(0, N), T - 1)
         at = tl.program_id(1).to(tl.int64) * T + i  # program_id(1) is the head
         return i, at, at[:, None] * D + tl.arange(0, D)

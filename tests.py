@@ -143,7 +143,6 @@ class Case(unittest.TestCase):
             for key in a:
                 self.same(a[key], b[key], f"{where}[{key!r}]")
         elif isinstance(a, (list, tuple)):
-            self.assertEqual(len(a), len(b), where)
             for i, pair in enumerate(zip(a, b, strict=True)):
                 self.same(*pair, f"{where}[{i}]")
         else:
@@ -254,8 +253,7 @@ class TestHouse(Case):
                 self.assertIn(f"--{field.name}", done.stdout)
 
     def test_default_run(self):
-        """A few steps with otherwise default flags leave the contract's files in --out alone, and a
-        loss that isn't finite ends a run."""
+        """A few steps with otherwise default flags leave the contract's files in --out alone."""
         for script in SCRIPTS:
             flags = [*TRAIN.get(script, []), *SHORT[script], "--log_every", 1]
             with self.subTest(script=script), folder(self.dir):
@@ -1746,8 +1744,9 @@ class TestViT(Case):
         flags = f"--init {out}/best.pt --val 0 --image_size 40 --epochs 0.2 --out {out} --freeze"
         run("vit", *self.tiny, *flags.split())
         w = load(out / "ckpt.pt")["model"]
-        self.assertEqual(w["pos_embed"].shape, (1, 26, 16))
-        self.same(w["blocks.0.attn.qkv.weight"], best["ema"]["blocks.0.attn.qkv.weight"])
+        for name in {*w} - {"pos_embed", "head.weight", "head.bias"}:
+            self.same(w[name], best["ema"][name], name)
+        self.assertEqual(load(out / "ckpt.pt")["config"]["pos"], "sincos")
         self.assertFalse(torch.equal(w["head.weight"], best["ema"]["head.weight"]))
         self.assertFalse((out / "best.pt").exists())
 

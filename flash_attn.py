@@ -172,7 +172,7 @@ def gradients_in_tiles(q, k, v, do, lse, delta, lo, hi, scale):
     p, ds = q.new_empty(0), q.new_empty(0)
     for rows, tiles in tile_map(lo, hi):
         q_i, do_i = q[:, rows], do[:, rows]  # (N, rows, D)
-        q_seen = q_i.nan_to_num(0, 0, 0)  # ds hides by 0, but 0 * NaN is NaN; ds has a seen NaN
+        q_seen = q_i.nan_to_num(0, 0, 0)  # ds is 0 there, but 0 * NaN is NaN; a seen NaN is in ds
         lse_i, delta_i = lse[:, rows], delta[:, rows]  # (N, rows, 1)
         for columns, hidden in tiles:
             k_j, v_j = k[:, columns], v[:, columns]  # (N, columns, D)

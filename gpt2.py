@@ -494,7 +494,7 @@ def training_step(model, optimizers, data, c, step, autocast):
     if c.optimizer == "sophia" and step % 10 == 0:
         with autocast:
             logits, _ = model(*batches[0])
-        optimizers[0].update_hessian(logits.flatten(0, 1).float())  # of prompts, too
+        optimizers[0].update_hessian(logits.flatten(0, 1).float())  # all tokens: ranks agree
     tokens = sum((y >= 0).sum() for _, y in batches)
     if WORLD > 1:
         torch.distributed.all_reduce(tokens)

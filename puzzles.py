@@ -66,8 +66,8 @@ class Puzzle:
         SCOPE[self.name] = self.solve
 
     def function(self, line, names=None):
-        """The line as a function of the parameters. It knows these names: by default
-        the puzzles before this one, and none of Python's own functions."""
+        """The line as a function of the parameters. It knows these names: by default the
+        puzzles before this one, and none of Python's own functions."""
         names = names or {"__builtins__": {}, **self.scope}
         return eval(f"lambda {', '.join(self.params)}: ({line}\n)", names)
 

@@ -13,7 +13,7 @@ has to vary, and no two together. Then the head is thrown away: the features are
 
 What to expect (torch 2.13.0, one core of an AMD EPYC in bfloat16; assets/logs/simclr/):
 - python simclr.py: kNN 73.4% on test images of shapes (random init 23.2%, pixels 36.5%), 5 passes
-- the third, by an earlier version: 61.9% on a copy of CIFAR-10 as JPEG, three points below the real
+- the third, by an earlier version: 61.9% on CIFAR-10 as JPEG, three points below the original
 
 Differs from the papers: all methods get the same views, without blur, and on CIFAR-10 crops of a
 fifth of the image or more ([1, 4]: .08); a small ResNet-18; AdamW.

@@ -183,7 +183,7 @@ class Block(nn.Module):
             fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
         self.drop_path = nn.Dropout2d(drop_path)  # stochastic depth (arXiv 1603.09382v3)
 
-    def forward(self, x):  # [None]: Dropout2d drops channels; so B takes their place
+    def forward(self, x):  # [None]: images take the place of the channels that Dropout2d drops
         x = x + self.drop_path(self.attn(self.norm1(x))[None])[0]
         return x + self.drop_path(self.mlp(self.norm2(x))[None])[0]
 
